@@ -1,0 +1,122 @@
+"""PaliGemma (arXiv 2407.07726): the eye, a linear projector, the voice, and the mask that ties picture to prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import PaliGemmaConfig
+from .gemma import GemmaModel
+from .kv_cache import KVCache
+from .siglip import SiglipVisionModel
+
+
+class PaliGemma(nn.Module):
+    """Picture and token ids to logits.
+
+    Every row of ids starts with `config.vision.num_patches` image placeholders, in whose place the image features go.
+    `forward` runs whole rows; `prefill` and `decode` run one request step by step through the same layers.
+    """
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = SiglipVisionModel(config.vision)
+        self.multi_modal_projector = nn.ModuleDict(
+            {"linear": nn.Linear(config.vision.hidden_size, config.text.hidden_size)}
+        )
+        self.language_model = GemmaModel(config.text)
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Float [B, 3, H, W] to float [B, patches, hidden_size], as they enter the decoder (unscaled)."""
+        return self.multi_modal_projector["linear"](self.vision_tower(pixel_values))
+
+    def hidden_states(
+        self,
+        image_features: Tensor,
+        input_ids: Tensor,
+        prefix_lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The decoder's last hidden states over whole rows; arguments as for `forward`.
+
+        Returns:
+            float [B, T, hidden_size].
+        """
+        mask = prefix_lm_mask(input_ids.shape[1], prefix_lengths, attention_mask)
+        return self.language_model(self._embed(image_features, input_ids), mask)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        prefix_lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits at every position of whole rows.
+
+        Args:
+            pixel_values: float [B, 3, H, W], in -1 to 1.
+            input_ids: int64 [B, T], the image placeholders first.
+            prefix_lengths: int64 [B], how many positions of each row see each other both ways; those after are causal.
+                None: the whole row is prefix.
+            attention_mask: [B, T], 0 or False at right padding, else 1 or True. None: no padding.
+
+        Returns:
+            float32 [B, T, vocab_size].
+        """
+        hidden_states = self.hidden_states(self.image_features(pixel_values), input_ids, prefix_lengths, attention_mask)
+        return self.language_model.logits(hidden_states)
+
+    def prefill(self, image_features: Tensor, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """Read picture and prompt into an empty cache in one pass, all positions seeing each other.
+
+        Args:
+            image_features: float [B, patches, hidden_size].
+            input_ids: int64 [B, T], unpadded, the image placeholders first.
+            cache: empty, for at least T positions.
+
+        Returns:
+            float32 [B, vocab_size], the logits of the token after the prompt.
+        """
+        hidden_states = self.language_model(self._embed(image_features, input_ids), cache=cache)
+        return self.language_model.logits(hidden_states[:, -1])
+
+    def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """Append one token a row, int64 [B, 1], to the cache; return the next one's logits, float32 [B, vocab_size]."""
+        hidden_states = self.language_model(self.language_model.embed(input_ids), cache=cache)
+        return self.language_model.logits(hidden_states[:, -1])
+
+    def _embed(self, image_features: Tensor, input_ids: Tensor) -> Tensor:
+        text = self.language_model.embed(input_ids[:, image_features.shape[1] :])
+        return torch.cat((image_features, text), dim=1)
+
+
+def prefix_lm_mask(length: int, prefix_lengths: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Which position (row) may look at which (column).
+
+    A prefix of two and an answer of two; the same with the last position as padding; a prefix only:
+
+        1 1 0 0      1 1 0 0      1 1 1 1
+        1 1 0 0      1 1 0 0      1 1 1 1
+        1 1 1 0      1 1 1 0      1 1 1 1
+        1 1 1 1      1 1 1 0      1 1 1 1
+
+    Args:
+        length: T, the number of positions.
+        prefix_lengths: int64 [B], or None if every row is prefix as a whole.
+        attention_mask: [B, T], zero at padding, or None.
+
+    Returns:
+        bool [B, 1, T, T], or None where everything sees everything and attention needs no mask.
+    """
+    mask = None
+    if prefix_lengths is not None:
+        positions = torch.arange(length, device=prefix_lengths.device)
+        causal = positions[:, None] >= positions[None, :]  # [T, T]
+        in_prefix = positions[None, :] < prefix_lengths[:, None]  # [B, T]
+        mask = (causal | in_prefix[:, None, :])[:, None]
+    if attention_mask is not None:
+        real = attention_mask.bool()[:, None, None, :]  # [B, 1, 1, T]
+        mask = real.expand(-1, -1, length, -1) if mask is None else mask & real
+    return mask

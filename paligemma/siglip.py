@@ -1,0 +1,94 @@
+"""The eye: a SigLIP vision transformer (arXiv 2303.15343), from pixels to one feature per patch.
+
+Pre-norm, LayerNorm, learned positions, GELU (tanh), a last LayerNorm; no class token and no pooling head.
+Module names are those of the official checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import VisionConfig
+
+
+class VisionEmbeddings(nn.Module):
+    """Cut the picture into patches, project each to a vector and add its learned position."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixel_values)  # [B, width, H/patch, W/patch]
+        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [B, patches, width]
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention in which every patch sees every other."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        batch, patches, width = hidden_states.shape
+        queries, keys, values = (
+            project(hidden_states).view(batch, patches, self.num_heads, -1).transpose(1, 2)  # [B, heads, patches, dim]
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, patches, width))
+
+
+class VisionMLP(nn.Module):
+    """Two layers with GELU (tanh) between."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+
+
+class VisionLayer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class SiglipVisionModel(nn.Module):
+    """Pixels to patch features."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))}
+        )
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Args: pixel_values, float [B, 3, image_size, image_size], in -1 to 1. Returns: float [B, patches, width]."""
+        hidden_states = self.embeddings(pixel_values)
+        for layer in self.encoder["layers"]:
+            hidden_states = layer(hidden_states)
+        return self.post_layernorm(hidden_states)
