@@ -1,0 +1,136 @@
+"""The loop: prefill once, decode step by step, one `Token` at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import PaliGemmaConfig, PaliGemmaError
+from .kv_cache import KVCache
+from .model import PaliGemma
+from .processor import Processor, open_image
+from .sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    id: its number in the vocabulary.
+    text: what it adds to the answer; empty in the middle of a character of several bytes.
+    probability: the model's own, before temperature and filters.
+    """
+
+    id: int
+    text: str
+    probability: float
+
+
+class VisionLanguageModel:
+    """A loaded checkpoint: ask it about pictures with `stream` or `generate`."""
+
+    def __init__(self, model: PaliGemma, processor: Processor):
+        self.model = model.eval()
+        self.processor = processor
+
+    @property
+    def config(self) -> PaliGemmaConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.model.language_model.embed_tokens.weight
+
+    def stream(
+        self,
+        image: Image.Image | str | os.PathLike,
+        prompt: str,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[Token]:
+        """Answer token by token; closing the iterator ends the work within one token.
+
+        Args:
+            image: a Pillow picture, or the path of a picture file.
+            prompt: in the syntax that the checkpoint was trained on, such as `caption en`.
+            max_new_tokens: the answer's longest length, if `<eos>` does not end it earlier.
+            temperature, top_k, top_p: see `Sampler`; the defaults are greedy.
+            seed: the same one gives the same text; None draws a new one.
+
+        Raises:
+            PaliGemmaError: at the call, not at the first token, if something that was given cannot be used.
+        """
+        sampler = Sampler(temperature, top_k, top_p)
+        input_ids = self.processor.input_ids(prompt)
+        room = self.config.text.max_position_embeddings - len(input_ids)
+        if max_new_tokens != int(max_new_tokens) or not 1 <= max_new_tokens <= room:
+            raise PaliGemmaError(
+                f"max_new_tokens is {max_new_tokens}; after this prompt please give a whole number from 1 to {room}."
+            )
+        if not isinstance(image, Image.Image):
+            image = open_image(image)
+        pixel_values = self.processor.pixel_values(image)
+        generator = torch.Generator(self.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(int(seed))
+        return self._tokens(pixel_values, input_ids, int(max_new_tokens), sampler, generator)
+
+    def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: float | int | None) -> str:
+        """The whole answer at once; arguments and errors as for `stream`."""
+        return "".join(token.text for token in self.stream(image, prompt, **settings))
+
+    def _tokens(
+        self,
+        pixel_values: Tensor,
+        input_ids: list[int],
+        max_new_tokens: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+    ) -> Iterator[Token]:
+        text = self.processor.text_stream()
+        # The last token's own keys and values are never needed.
+        length = len(input_ids) + max_new_tokens - 1
+        cache = KVCache(self.config.text, 1, length, self.dtype, self.device)
+        logits = self._prefill(pixel_values, input_ids, cache)
+        for remaining in reversed(range(max_new_tokens)):
+            next_id, probability = self._choose(logits, sampler, generator)
+            token_id = next_id.item()  # the one synchronisation of each step
+            if token_id in self.config.eos_token_ids:
+                return
+            yield Token(token_id, text.push(token_id), probability.item())
+            if remaining:
+                logits = self._decode(next_id, cache)
+
+    @torch.inference_mode()
+    def _prefill(self, pixel_values: Tensor, input_ids: list[int], cache: KVCache) -> Tensor:
+        image_features = self.model.image_features(pixel_values.to(self.device, self.dtype))
+        return self.model.prefill(image_features, torch.tensor([input_ids], device=self.device), cache)
+
+    @torch.inference_mode()
+    def _decode(self, token_id: Tensor, cache: KVCache) -> Tensor:
+        return self.model.decode(token_id[:, None], cache)
+
+    @torch.inference_mode()
+    def _choose(self, logits: Tensor, sampler: Sampler, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The next token's id, int64 [1], and its probability, float32 [1]."""
+        next_id = sampler(logits, generator)
+        chosen = logits.gather(-1, next_id[:, None])[:, 0]
+        return next_id, (chosen - logits.logsumexp(dim=-1)).exp()

@@ -1,0 +1,63 @@
+"""Logits to the next token: greedy, temperature, top-k, top-p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import PaliGemmaError
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How to choose a token.
+
+    temperature: logits are divided by it; 0 takes the likeliest token and ignores the other two.
+    top_k: only the k likeliest tokens take part; 0 switches this off.
+    top_p: of those, only the likeliest whose probabilities add up to p take part, at least one; 1 switches this off
+        (nucleus sampling, arXiv 1904.09751).
+
+    Raises:
+        PaliGemmaError: one of them is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise PaliGemmaError(f"temperature is {self.temperature}; please give 0 (greedy) or a positive number.")
+        if self.top_k != int(self.top_k) or self.top_k < 0:
+            raise PaliGemmaError(f"top_k is {self.top_k}; please give 0 (off) or a positive whole number.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise PaliGemmaError(f"top_p is {self.top_p}; please give a number above 0 and up to 1 (off).")
+
+    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Choose one token a row: float [B, vocab] to int64 [B]; `generator` must be on the same device."""
+        if self.temperature == 0.0:
+            return logits.argmax(dim=-1)
+        candidates, logits = self._filter(logits / self.temperature)
+        # Dividing by exponential noise and taking the largest draws from the distribution (the Gumbel-max trick) and
+        # needs no synchronisation with a GPU.
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        choice = (logits.softmax(dim=-1) / noise).argmax(dim=-1, keepdim=True)
+        return (choice if candidates is None else candidates.gather(-1, choice)).squeeze(-1)
+
+    def _filter(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Candidate ids [B, n] and their logits [B, n]; None for ids when the whole vocabulary takes part in its order.
+
+        top-k leaves k sorted candidates, so that top-p sorts the vocabulary only where it comes alone.
+        """
+        candidates = None
+        if 0 < self.top_k < logits.shape[-1]:
+            logits, candidates = logits.topk(int(self.top_k), dim=-1)
+        elif self.top_p < 1.0:
+            logits, candidates = logits.sort(dim=-1, descending=True)
+        if self.top_p < 1.0:
+            probabilities = logits.softmax(dim=-1)
+            likelier = probabilities.cumsum(dim=-1) - probabilities  # what stands before each candidate
+            logits = logits.masked_fill(likelier >= self.top_p, float("-inf"))
+        return candidates, logits
