@@ -1,0 +1,175 @@
+"""The demo: `python app.py`, then open the address that it prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+import paligemma
+from paligemma.annotations import find_detections
+from paligemma.processor import open_image
+
+TITLE = "PaliGemma"
+MAX_FILE_SIZE = "20mb"
+MAX_PIXELS = 60_000_000
+MAX_PROMPT_TOKENS = 512
+MAX_NEW_TOKENS = 256
+MAX_QUEUE_LENGTH = 32
+FILES_KEPT_SECONDS = 3600
+
+EXAMPLES_FOLDER = Path(__file__).parent / "paligemma" / "examples"
+EXAMPLES = [
+    ["cats.png", "caption en"],
+    ["picnic.png", "detect apple"],
+    ["traffic.png", "answer en how many cars are there?"],
+    ["music.png", "caption en"],
+]
+ABOUT_EMBEDDED = (
+    "This page runs the small checkpoint that ships with it: it knows about 100 kinds of drawn objects and answers "
+    "`caption en`, `answer en how many cats are there?` and `detect cat`. "
+    "For photographs, start it with an official checkpoint: `PALIGEMMA_MODEL=google/paligemma-3b-mix-224`."
+)
+ABOUT_OTHER = "This page runs `{}`. Try `caption en`, `describe en`, `answer en what is on the table?`, `detect cat ; dog`, `ocr`."
+# System fonts: the page asks no other host for anything.
+THEME = gr.themes.Soft(
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)
+LAUNCH_SETTINGS = {"theme": THEME, "max_file_size": MAX_FILE_SIZE, "ssr_mode": False}
+
+
+def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
+    """The whole page, top to bottom, and what happens when its buttons are pressed."""
+
+    def generate(
+        image: str,
+        prompt: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int | None = None,
+    ) -> Iterator[tuple]:
+        start = time.perf_counter()
+        try:
+            picture = _open_picture(image)
+            _check_prompt(vlm, prompt)
+            tokens = vlm.stream(picture, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+        except paligemma.PaliGemmaError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+        text, times = "", []
+        yield text, "Looking at the picture …", gr.skip()
+        for token in tokens:
+            times.append(time.perf_counter() - start)
+            text += token.text
+            yield text, _speed(times), gr.skip()
+        # An answer of nothing is an answer: detect says it when nothing of the kind is there.
+        yield text, _speed(times) or "The model answered with nothing: it sees no such thing.", _annotate(picture, text)
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS,) * 2) as page:
+        gr.Markdown(f"# {TITLE}\n\nGive it a picture and a prompt, and watch the answer arrive.\n\n{about}")
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "webcam", "clipboard"],
+                    height=320,
+                    elem_id="picture",
+                )
+                prompt = gr.Textbox(label="Prompt", value="caption en", max_lines=1, elem_id="prompt")
+                with gr.Row():
+                    run = gr.Button("Run", variant="primary", elem_id="run")
+                    stop = gr.Button("Stop", elem_id="stop")
+                with gr.Accordion("Settings", open=False):
+                    settings = [
+                        gr.Slider(1, MAX_NEW_TOKENS, value=64, step=1, label="Max new tokens"),
+                        gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: always the likeliest token)"),
+                        gr.Slider(0, 200, value=0, step=1, label="Top-k (0: off)"),
+                        gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p (1: off)"),
+                        gr.Number(label="Seed (empty: a new one each time)", precision=0, value=None),
+                    ]
+            with gr.Column():
+                answer = gr.Textbox(label="Answer", lines=4, buttons=["copy"], elem_id="answer")
+                speed = gr.Markdown(elem_id="speed")
+                boxes = gr.AnnotatedImage(label="Where it is", visible=False, elem_id="boxes")
+        gr.Examples(
+            [[str(EXAMPLES_FOLDER / name), text] for name, text in EXAMPLES], [image, prompt], label="Try one of these"
+        )
+
+        running = gr.on(
+            [run.click, prompt.submit],
+            generate,
+            inputs=[image, prompt, *settings],
+            outputs=[answer, speed, boxes],
+            api_name="generate",
+            api_description="Answer a prompt about a picture; streams the text so far.",
+            show_progress_on=speed,
+        )
+        stop.click(None, cancels=[running], api_visibility="private")
+    # One answer at a time, first come, first served.
+    return page.queue(max_size=MAX_QUEUE_LENGTH, default_concurrency_limit=1)
+
+
+def _open_picture(path: str | None) -> Image.Image:
+    if not path:
+        raise paligemma.PaliGemmaError("There is no picture yet; please upload one or choose an example.")
+    return open_image(path, MAX_PIXELS)
+
+
+def _check_prompt(vlm: paligemma.VisionLanguageModel, prompt: str) -> None:
+    tokens = len(vlm.processor.input_ids(prompt)) - vlm.config.vision.num_patches
+    if tokens > MAX_PROMPT_TOKENS:
+        raise paligemma.PaliGemmaError(
+            f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
+        )
+
+
+def _speed(times: list[float]) -> str:
+    """Time to first token and tokens per second after it, from each token's seconds since the request began."""
+    if not times:
+        return ""
+    line = f"First token after {times[0]:.2f} s"
+    if len(times) > 1:
+        line += f" · {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s · {len(times)} tokens"
+    return line
+
+
+def _annotate(picture: Image.Image, text: str) -> dict:
+    """The picture with the answer's boxes, shown only if there are any."""
+    detections = find_detections(text)
+    marks = [(detection.in_pixels(*picture.size), detection.label or "object") for detection in detections]
+    return gr.update(value=(picture, marks) if marks else None, visible=bool(marks))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    environment = os.environ.get
+    parser.add_argument("--model", default=environment("PALIGEMMA_MODEL"), help="folder or Hub id[@revision]")
+    parser.add_argument("--device", default=environment("PALIGEMMA_DEVICE"), help="cpu, cuda or mps")
+    parser.add_argument("--dtype", default=environment("PALIGEMMA_DTYPE"), help="float32, bfloat16 or float16")
+    parser.add_argument("--host", help="address to listen on, such as 0.0.0.0")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--share", action="store_true", help="make a public link")
+    arguments = parser.parse_args()
+
+    try:
+        vlm = paligemma.load(arguments.model or None, arguments.device or None, arguments.dtype or None)
+    except paligemma.PaliGemmaError as error:
+        sys.exit(str(error))
+    about = ABOUT_OTHER.format(arguments.model) if arguments.model else ABOUT_EMBEDDED
+    page = build_page(vlm, about)
+    page.launch(server_name=arguments.host, server_port=arguments.port, share=arguments.share, **LAUNCH_SETTINGS)
+
+
+if __name__ == "__main__":
+    main()
