@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
+from gradio.data_classes import ImageData
 from PIL import Image
 
 import paligemma
@@ -45,6 +46,15 @@ THEME = gr.themes.Soft(
 LAUNCH_SETTINGS = {"theme": THEME, "max_file_size": MAX_FILE_SIZE, "ssr_mode": False}
 
 
+class Picture(gr.Image):
+    """A picture input that hands over the file unopened, so that a bad one is refused with a sentence of ours."""
+
+    is_template = True  # the browser draws it as the plain gr.Image
+
+    def preprocess(self, payload: ImageData | None) -> str | None:
+        return payload.path if payload else None
+
+
 def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
     """The whole page, top to bottom, and what happens when its buttons are pressed."""
 
@@ -78,10 +88,8 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\n\nGive it a picture and a prompt, and watch the answer arrive.\n\n{about}")
         with gr.Row():
             with gr.Column():
-                image = gr.Image(
+                image = Picture(
                     label="Picture",
-                    type="filepath",
-                    image_mode=None,
                     sources=["upload", "webcam", "clipboard"],
                     height=320,
                     elem_id="picture",

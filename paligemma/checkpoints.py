@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .config import PaliGemmaConfig, PaliGemmaError
 from .generation import VisionLanguageModel
@@ -20,6 +22,8 @@ from .processor import Processor
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny"
 INDEX_FILE = "model.safetensors.index.json"
 HUB_FILES = ["config.json", "tokenizer.json", INDEX_FILE, "model.safetensors", "model-*-of-*.safetensors"]
+# How safetensors names what torch calls otherwise.
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EMBEDDING = "language_model.embed_tokens.weight"
@@ -51,7 +55,7 @@ def load(
     folder = find_folder(source, revision)
     config = PaliGemmaConfig.from_file(folder / "config.json")
     processor = Processor.from_file(config, folder / "tokenizer.json")
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInitialisation():
         model = PaliGemma(config)
     load_weights(model, weight_files(folder), dtype, device)
     return VisionLanguageModel(model, processor)
@@ -164,7 +168,7 @@ def load_weights(model: PaliGemma, files: list[Path], dtype: torch.dtype, device
     """Put the tensors of `files` into `model`, which was built on `meta`.
 
     On a CPU, tensors that already have the right dtype stay where they are: they are views of the mapped file. Others
-    are cast one by one.
+    are cast or moved one by one, each through a mapping of its own, so that what has been read does not stay resident.
 
     Raises:
         PaliGemmaError: a tensor is missing, unexpected or of another shape, or a file is damaged.
@@ -173,15 +177,21 @@ def load_weights(model: PaliGemma, files: list[Path], dtype: torch.dtype, device
     expected[OUTPUT] = expected[EMBEDDING]
     loaded: dict[str, Tensor] = {}
     for file in files:
-        for key, shape in _keys_and_shapes(file):
-            name = canonical_name(key)
-            if name.endswith(COMPUTED_SUFFIXES):
-                continue
-            if name not in expected:
-                raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
-            if shape != expected[name]:
-                raise PaliGemmaError(f"{file}: {key} has the shape {list(shape)}, expected {list(expected[name])}.")
-            loaded[name] = _read(file, key).to(device=device, dtype=dtype)
+        with _open(file) as mapped:
+            for key in mapped.keys():
+                name, stored = canonical_name(key), mapped.get_slice(key)
+                shape = tuple(stored.get_shape())
+                if name.endswith(COMPUTED_SUFFIXES):
+                    continue
+                if name not in expected:
+                    raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
+                if shape != expected[name]:
+                    raise PaliGemmaError(f"{file}: {key} has the shape {list(shape)}, expected {list(expected[name])}.")
+                if device.type == "cpu" and stored.get_dtype() == STORED_DTYPES[dtype]:
+                    loaded[name] = mapped.get_tensor(key)
+                else:
+                    with _open(file) as passing:
+                        loaded[name] = passing.get_tensor(key).to(device=device, dtype=dtype)
 
     # The output layer is the embedding again; files may hold it under either name, or under both.
     output = loaded.pop(OUTPUT, None)
@@ -199,20 +209,24 @@ def load_weights(model: PaliGemma, files: list[Path], dtype: torch.dtype, device
     model.language_model.rotary.to(device)
 
 
-def _keys_and_shapes(file: Path) -> list[tuple[str, tuple[int, ...]]]:
+def _open(file: Path) -> safe_open:
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return [(key, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()]
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise PaliGemmaError(
             f"{file} is truncated or damaged ({error}), expected a whole safetensors file; please fetch it again."
         ) from error
 
 
-def _read(file: Path, key: str) -> Tensor:
-    """One tensor as a view of its own mapping of the file, so that nothing stays mapped once it has been cast."""
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(key)
+class WithoutInitialisation(TorchFunctionMode):
+    """Builds modules without drawing weights that are about to be replaced; drawing on `meta` alone takes seconds."""
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def canonical_name(key: str) -> str:

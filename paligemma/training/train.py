@@ -39,8 +39,9 @@ WEIGHT_DECAY = 0.05
 MAX_GRADIENT_NORM = 1.0
 SAVE_EVERY = 250
 LOG_EVERY = 25
-# With one object more allowed once the smoothed loss is below this many nats a token.
-LOSS_TO_ADD_AN_OBJECT = 1.0
+# One object more is allowed once the smoothed loss is below this many nats a token: the kinds are known by then, and
+# coordinates, the larger part of it, go on improving for long.
+LOSS_TO_ADD_AN_OBJECT = 1.8
 LOSS_SMOOTHING = 0.98
 
 

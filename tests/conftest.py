@@ -1,0 +1,119 @@
+"""What several tests need: loaded checkpoints, a served page, a browser."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from random_checkpoints import make_reference, save_reference
+
+import paligemma
+
+EXAMPLES = Path(__file__).parent.parent / "paligemma" / "examples"
+BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> paligemma.VisionLanguageModel:
+    """The embedded checkpoint."""
+    return paligemma.load()
+
+
+@pytest.fixture(scope="session")
+def long_winded(tmp_path_factory: pytest.TempPathFactory) -> paligemma.VisionLanguageModel:
+    """A random checkpoint, which never comes to an end by itself."""
+    return paligemma.load(save_reference(make_reference(std=0.2), tmp_path_factory.mktemp("long_winded")))
+
+
+class Watched:
+    """A model that counts the tokens it has been asked for, and takes as long for each as a large one would."""
+
+    SECONDS_PER_TOKEN = 0.25
+
+    def __init__(self, vlm: paligemma.VisionLanguageModel):
+        self._vlm = vlm
+        self.tokens = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._vlm, name)
+
+    def stream(self, *arguments: object) -> Iterator[paligemma.Token]:
+        tokens = self._vlm.stream(*arguments)
+        return self._counted(tokens)
+
+    def _counted(self, tokens: Iterator[paligemma.Token]) -> Iterator[paligemma.Token]:
+        for token in tokens:
+            time.sleep(self.SECONDS_PER_TOKEN)
+            self.tokens += 1
+            yield token
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Callable[[object], str]]:
+    """Start the page for a model on a free port and return its address."""
+    import app
+
+    pages = []
+
+    def start(vlm: object) -> str:
+        page = app.build_page(vlm, app.ABOUT_EMBEDDED)
+        _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH_SETTINGS)
+        pages.append(page)
+        return address
+
+    yield start
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture(scope="session")
+def page_address(serve: Callable[[object], str], tiny: paligemma.VisionLanguageModel) -> str:
+    """The page with the embedded checkpoint."""
+    return serve(tiny)
+
+
+@pytest.fixture(scope="session")
+def watched(long_winded: paligemma.VisionLanguageModel) -> Watched:
+    return Watched(long_winded)
+
+
+@pytest.fixture(scope="session")
+def long_winded_address(serve: Callable[[object], str], watched: Watched) -> str:
+    """The page with the long-winded checkpoint."""
+    return serve(watched)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    """Headless Chromium or Chrome: one that is here, else Playwright's own download, else Debian's package."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-background-networking", "--disable-component-update"]
+        chromium = playwright.chromium.launch(executable_path=find_browser(playwright), args=arguments)
+        yield chromium
+        chromium.close()
+
+
+def find_browser(playwright: object) -> str:
+    found = next(filter(None, map(shutil.which, BROWSER_NAMES)), None)
+    if found:
+        return found
+    own = playwright.chromium.executable_path
+    if Path(own).exists() or _succeeds(sys.executable, "-m", "playwright", "install", "--with-deps", "chromium"):
+        return own
+    if _succeeds("apt-get", "update") and _succeeds("apt-get", "install", "-y", "chromium"):
+        return shutil.which("chromium")
+    pytest.fail("The browser tests need Chromium or Chrome, and neither could be installed; please install one.")
+
+
+def _succeeds(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, timeout=600).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False

@@ -1,0 +1,75 @@
+"""Checkpoints of any shape with random weights, written by transformers: the reference that ours is compared with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+TOKENIZER = Path(__file__).parent.parent / "paligemma" / "tiny" / "tokenizer.json"
+VOCABULARY = Tokenizer.from_file(str(TOKENIZER))
+
+
+def make_reference(
+    *,
+    image_size: int = 56,
+    patch_size: int = 14,
+    hidden_size: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 1,
+    head_dim: int = 32,
+    intermediate_size: int = 128,
+    std: float = 0.02,
+    seed: int = 0,
+) -> PaliGemmaForConditionalGeneration:
+    """A reference model over the embedded checkpoint's vocabulary; every matrix is drawn with deviation `std`.
+
+    All but the token embedding: were it as large, each token would predict itself, the output layer being the same.
+    """
+    vocab_size = VOCABULARY.get_vocab_size()
+    config = PaliGemmaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "gemma",
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": 1024,
+        },
+        projection_dim=hidden_size,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        image_token_index=VOCABULARY.token_to_id("<image>"),
+    )
+    torch.manual_seed(seed)
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed_tokens" not in name:
+            torch.nn.init.normal_(parameter, std=std)
+        elif "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def save_reference(model: PaliGemmaForConditionalGeneration, folder: Path) -> Path:
+    """Write the model and its tokenizer as a checkpoint folder."""
+    model.save_pretrained(folder)
+    shutil.copy(TOKENIZER, folder / "tokenizer.json")
+    return folder

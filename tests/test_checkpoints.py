@@ -1,0 +1,539 @@
+"""Checkpoints as they lie about on disks: written by transformers, in every layout of keys, whole and damaged."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+import paligemma
+from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE, save_checkpoint
+
+TOKENIZER = Tokenizer.from_file(str(EMBEDDED_FOLDER / "tokenizer.json"))
+VOCAB_SIZE = TOKENIZER.get_vocab_size()
+IMAGE_ID = TOKENIZER.token_to_id("<image>")
+NORM = "language_model.model.norm.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
+HIDDEN_SIZE = 48
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A small PaliGemma of transformers, with no parameter left at zero or one, where a mix-up would not show."""
+    config = PaliGemmaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "gemma",
+            "hidden_size": HIDDEN_SIZE,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 64,
+            "vocab_size": VOCAB_SIZE,
+        },
+        projection_dim=HIDDEN_SIZE,
+        image_token_index=IMAGE_ID,
+    )
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def written(reference, tmp_path_factory):
+    """The folder as transformers writes it; tests that change files work on a copy."""
+    folder = tmp_path_factory.mktemp("written")
+    reference.save_pretrained(folder)
+    shutil.copy(EMBEDDED_FOLDER / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written_in_shards(reference, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    reference.save_pretrained(folder, max_shard_size="100KB")
+    shutil.copy(EMBEDDED_FOLDER / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return Path(shutil.copytree(written, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def shards(written_in_shards, tmp_path):
+    return Path(shutil.copytree(written_in_shards, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def parameters(written):
+    return named(paligemma.load(written, device="cpu"))
+
+
+def named(vlm):
+    return dict(vlm.model.named_parameters())
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def assert_same_logits(vlm, reference):
+    """Both models on two random pictures, each with a prompt that is prefix as a whole."""
+    generator = torch.Generator().manual_seed(1)
+    size, patches = vlm.config.vision.image_size, vlm.config.vision.num_patches
+    pixel_values = torch.randn(2, 3, size, size, generator=generator)
+    text = torch.randint(3, 900, (2, 7), generator=generator)
+    input_ids = torch.cat((torch.full((2, patches), vlm.config.image_token_id), text), dim=1)
+    with torch.no_grad():
+        actual = vlm.model(pixel_values, input_ids)
+        expected = reference(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=torch.ones_like(input_ids),
+            token_type_ids=torch.zeros_like(input_ids),
+        ).logits
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def refusal(source, **options):
+    """The sentence with which a checkpoint is refused."""
+    with pytest.raises(paligemma.PaliGemmaError) as caught:
+        paligemma.load(source, device=options.pop("device", "cpu"), **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def change_weights(folder, change):
+    """Rewrite the tensors of a folder: `change` makes the new dictionary from that of the file."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without(tensors, key):
+    assert key in tensors
+    return {name: tensor for name, tensor in tensors.items() if name != key}
+
+
+# Folders that transformers writes
+
+
+def test_folder_written_by_transformers_gives_its_logits(written, reference):
+    assert_same_logits(paligemma.load(written, device="cpu"), reference)
+
+
+def test_shards_written_by_transformers_give_its_logits(written_in_shards, reference):
+    assert len(list(written_in_shards.glob("model-*-of-*.safetensors"))) > 2
+    assert_same_logits(paligemma.load(written_in_shards, device="cpu"), reference)
+
+
+def test_shards_hold_the_same_parameters_as_one_file(written_in_shards, parameters):
+    assert_same(named(paligemma.load(written_in_shards, device="cpu")), parameters)
+
+
+def test_folder_may_be_given_as_text_and_from_the_home_folder(folder, parameters, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    assert_same(named(paligemma.load(f"~/{folder.name}", device="cpu")), parameters)
+
+
+# Layouts of keys
+
+LAYOUTS = {
+    "official": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector."),
+    "nested in model": ("model.language_model.", "model.vision_tower.vision_model.", "model.multi_modal_projector."),
+    "nested, flat vision": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),
+    "flat vision": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
+    "all flat": ("language_model.", "vision_tower.", "multi_modal_projector."),
+}
+OUTPUT_KEYS = ["lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_keys_gives_the_same_parameters(folder, reference, parameters, layout):
+    language, vision, projector = LAYOUTS[layout]
+    parts = {
+        language: reference.model.language_model,
+        vision: reference.model.vision_tower,
+        projector: reference.model.multi_modal_projector,
+    }
+    change_weights(
+        folder,
+        lambda _: {prefix + key: value for prefix, part in parts.items() for key, value in part.state_dict().items()},
+    )
+    assert_same(named(paligemma.load(folder, device="cpu")), parameters)
+
+
+@pytest.mark.parametrize("key", OUTPUT_KEYS)
+def test_output_layer_beside_the_embedding_changes_nothing(folder, parameters, key):
+    change_weights(folder, lambda tensors: {**tensors, key: tensors[EMBEDDING].clone()})
+    assert_same(named(paligemma.load(folder, device="cpu")), parameters)
+
+
+@pytest.mark.parametrize("key", OUTPUT_KEYS)
+def test_output_layer_stands_in_for_an_absent_embedding(folder, parameters, key):
+    change_weights(folder, lambda tensors: {**without(tensors, EMBEDDING), key: tensors[EMBEDDING]})
+    assert_same(named(paligemma.load(folder, device="cpu")), parameters)
+
+
+def test_output_layer_that_differs_from_the_embedding_is_refused(folder):
+    change_weights(folder, lambda tensors: {**tensors, "lm_head.weight": tensors[EMBEDDING] + 1})
+    message = refusal(folder)
+    assert str(folder) in message
+    assert "lm_head.weight differs from language_model.embed_tokens.weight" in message
+    assert "expected them to be tied" in message
+
+
+def test_tables_that_the_model_computes_itself_are_passed_over(folder, parameters):
+    tables = {
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None],
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    change_weights(folder, lambda tensors: {**tensors, **tables})
+    assert_same(named(paligemma.load(folder, device="cpu")), parameters)
+
+
+# Dtypes and memory
+
+
+@pytest.mark.parametrize(
+    ("in_file", "asked"),
+    [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16"), ("float16", "float16")],
+)
+def test_weights_are_cast_to_the_dtype_that_is_asked_for(folder, parameters, in_file, asked):
+    in_file_dtype, asked_dtype = getattr(torch, in_file), getattr(torch, asked)
+    change_weights(folder, lambda tensors: {key: value.to(in_file_dtype) for key, value in tensors.items()})
+    vlm = paligemma.load(folder, device="cpu", dtype=asked)
+    assert {value.dtype for value in vlm.model.parameters()} == {asked_dtype}
+    assert vlm.dtype == asked_dtype
+    assert_same(named(vlm), {name: value.to(in_file_dtype).to(asked_dtype) for name, value in parameters.items()})
+
+
+def test_dtype_may_be_given_as_that_of_torch(written):
+    assert paligemma.load(written, device="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_cpu_takes_float32_unless_told(folder):
+    change_weights(folder, lambda tensors: {key: value.bfloat16() for key, value in tensors.items()})
+    assert paligemma.load(folder, device="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("key", OUTPUT_KEYS)
+def test_output_layer_is_the_embedding_and_no_second_copy(folder, reference, key):
+    change_weights(folder, lambda tensors: {**tensors, key: tensors[EMBEDDING].clone()})
+    vlm = paligemma.load(folder, device="cpu")
+    stored = {value.data_ptr(): value.numel() for value in vlm.model.state_dict().values()}
+    assert sum(stored.values()) == sum(value.numel() for value in reference.parameters())
+
+
+def mappings(file):
+    """The address ranges at which this process maps `file`."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    addresses = [line[0].split("-") for line in lines if line[-1] == str(file.resolve())]
+    return [range(int(start, 16), int(end, 16)) for start, end in addresses]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+
+
+@needs_proc
+def test_tensors_of_the_right_dtype_are_views_of_the_mapped_file(folder):
+    vlm = paligemma.load(folder, device="cpu", dtype="float32")
+    ranges = mappings(folder / "model.safetensors")
+    copied = [name for name, value in named(vlm).items() if not any(value.data_ptr() in place for place in ranges)]
+    assert copied == []
+
+
+@needs_proc
+def test_file_is_let_go_once_all_tensors_are_cast(folder):
+    vlm = paligemma.load(folder, device="cpu", dtype="bfloat16")
+    assert vlm.dtype == torch.bfloat16
+    assert mappings(folder / "model.safetensors") == []
+
+
+# Damage
+
+
+def test_missing_tensor_is_named_with_its_shape(folder):
+    change_weights(folder, lambda tensors: without(tensors, NORM))
+    message = refusal(folder)
+    assert str(folder) in message
+    assert f"lacks 1 tensors, the first is {NORM} of shape [{HIDDEN_SIZE}]" in message
+
+
+def test_missing_embedding_is_named(folder):
+    change_weights(folder, lambda tensors: without(tensors, EMBEDDING))
+    assert f"{EMBEDDING} of shape [{VOCAB_SIZE}, {HIDDEN_SIZE}]" in refusal(folder)
+
+
+def test_missing_vision_tensor_is_named_by_its_official_key(folder):
+    change_weights(folder, lambda tensors: without(tensors, "vision_tower.post_layernorm.bias"))
+    assert "vision_tower.vision_model.post_layernorm.bias of shape [32]" in refusal(folder)
+
+
+def test_unexpected_tensor_is_named_with_its_file(folder):
+    key = "language_model.model.layers.2.mlp.up_proj.weight"
+    change_weights(folder, lambda tensors: {**tensors, key: torch.zeros(2, 2)})
+    message = refusal(folder)
+    assert str(folder / "model.safetensors") in message
+    assert f"unexpected tensor, {key};" in message
+
+
+def test_wrong_shape_is_named_with_the_one_expected(folder):
+    change_weights(folder, lambda tensors: {**tensors, NORM: torch.zeros(HIDDEN_SIZE + 1)})
+    message = refusal(folder)
+    assert str(folder / "model.safetensors") in message
+    assert f"{NORM} has the shape [{HIDDEN_SIZE + 1}], expected [{HIDDEN_SIZE}]" in message
+
+
+def test_output_layer_of_another_shape_is_refused(folder):
+    change_weights(folder, lambda tensors: {**tensors, "lm_head.weight": torch.zeros(2, HIDDEN_SIZE)})
+    assert f"lm_head.weight has the shape [2, {HIDDEN_SIZE}], expected [{VOCAB_SIZE}, " in refusal(folder)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.001, 0.0], ids=["half", "in the header", "empty"])
+def test_truncated_weights_are_refused_with_the_file_named(folder, share):
+    file = folder / "model.safetensors"
+    os.truncate(file, int(file.stat().st_size * share))
+    message = refusal(folder)
+    assert message.startswith(f"{file} is truncated or damaged")
+    assert "expected a whole safetensors file; please fetch it again" in message
+
+
+def test_truncated_shard_is_refused_with_the_shard_named(shards):
+    shard = sorted(shards.glob("model-*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert refusal(shards).startswith(f"{shard} is truncated or damaged")
+
+
+def test_file_that_is_no_safetensors_is_refused(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
+    assert refusal(folder).startswith(f"{file} is truncated or damaged")
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "model.safetensors").unlink()
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'model.safetensors'} is missing; please fetch")
+
+
+def test_missing_shard_is_named(shards):
+    shard = sorted(shards.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    assert refusal(shards).startswith(f"{shard} is missing; please fetch")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "weight_map",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": ["model.safetensors"]}}',
+        '{"weight_map": {"a": "model.safetensors", "b": null}}',
+    ],
+)
+def test_broken_index_is_refused_with_the_file_named(shards, content):
+    (shards / INDEX_FILE).write_text(content)
+    message = refusal(shards)
+    assert message.startswith(f"{shards / INDEX_FILE} ")
+    assert "shards; please fetch the checkpoint again" in message
+
+
+def test_missing_config_is_named(folder):
+    (folder / "config.json").unlink()
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'config.json'} cannot be read")
+    assert "a checkpoint needs its config.json" in message
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"model_type": "paligemma", "text_config": [1]}'])
+def test_broken_config_is_refused_with_the_file_named(folder, content):
+    (folder / "config.json").write_text(content)
+    assert refusal(folder).startswith(f"{folder / 'config.json'} is not a PaliGemma config.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        (None, "model_type", "llava", "model_type is 'llava', but this package runs only 'paligemma'"),
+        ("vision_config", "model_type", "clip", "vision_config.model_type is 'clip', but this package runs only"),
+        ("text_config", "attention_bias", True, "text_config.attention_bias is True, but this package runs only False"),
+        ("text_config", "hidden_act", "silu", "text_config.hidden_act is 'silu', but this package runs only"),
+        ("text_config", "num_attention_heads", 3, "must be whole, but is 3 / 2"),
+        ("text_config", "num_key_value_heads", 0, "num_key_value_heads is 0, expected a number above zero"),
+        ("text_config", "intermediate_size", "96", "intermediate_size is '96', expected a number above zero"),
+        ("text_config", "hidden_size", 48.5, "hidden_size is 48.5, expected a number above zero"),
+        ("vision_config", "patch_size", -14, "patch_size is -14, expected a number above zero"),
+        ("vision_config", "image_size", 30, "image_size / patch_size must be whole, but is 30 / 14"),
+    ],
+)
+def test_config_that_cannot_be_run_is_refused_with_the_key_named(folder, section, key, value, expected):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    (config[section] if section else config)[key] = value
+    file.write_text(json.dumps(config))
+    message = refusal(folder)
+    assert message.startswith(f"{file}: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_decoder_of_another_kind_is_refused_with_the_key_named(folder, kind):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["model_type"] = kind
+    file.write_text(json.dumps(config))
+    message = refusal(folder)
+    assert message.startswith(f"{file}: text_config.model_type is {kind!r}, but this package runs only 'gemma'")
+
+
+def test_missing_tokenizer_is_named(folder):
+    (folder / "tokenizer.json").unlink()
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'tokenizer.json'} is missing; a checkpoint needs")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"type": "Unknown"}}'])
+def test_broken_tokenizer_is_refused_with_the_file_named(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    assert refusal(folder).startswith(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer")
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize("dtype", ["float12", "", torch.int64, 16])
+def test_unknown_dtype_is_refused_with_the_choices(written, dtype):
+    message = refusal(written, dtype=dtype)
+    assert f"The dtype {dtype} is not known" in message
+    assert "float32, bfloat16, float16" in message
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:99", "cpu:x"])
+def test_unknown_device_is_refused_with_a_way_out(written, device):
+    message = refusal(written, device=device)
+    assert f"The device {device} cannot be used here" in message
+    assert message.endswith("please choose cpu.")
+
+
+@pytest.mark.parametrize("source", ["{}/none", "./none", "none", "~/none/at/all", "~nobody-of-this-name/none", "a/b/c"])
+def test_folder_that_does_not_exist_is_named(tmp_path, source):
+    source = source.format(tmp_path)
+    assert refusal(source).startswith(f"There is no folder {source}; please give a folder or a Hub id")
+
+
+def test_file_instead_of_its_folder_is_refused(written):
+    assert "please give a folder" in refusal(written / "model.safetensors")
+
+
+# The embedded checkpoint
+
+
+def test_embedded_checkpoint_loads_with_no_network_and_nothing_of_the_hub_imported(tmp_path):
+    program = """
+import sys
+
+def offline(*arguments, **options):
+    raise AssertionError("the network was asked")
+
+import socket
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = offline
+
+import paligemma
+vlm = paligemma.load(device="cpu")
+assert sum(value.numel() for value in vlm.model.parameters()) > 1_000_000
+print(*sorted({"transformers", "gradio", "huggingface_hub", "accelerate"} & sys.modules.keys()))
+print("loaded")
+"""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": str(EMBEDDED_FOLDER.parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["loaded"]
+
+
+def test_embedded_checkpoint_opens_in_transformers_with_the_same_logits():
+    reference, problems = PaliGemmaForConditionalGeneration.from_pretrained(
+        EMBEDDED_FOLDER, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    assert not problems["missing_keys"]
+    assert not problems["unexpected_keys"]
+    assert not problems["mismatched_keys"]
+    assert_same_logits(paligemma.load(device="cpu", dtype="float32"), reference.eval())
+
+
+# Saving
+
+
+def test_saved_checkpoint_loads_to_the_same_parameters_and_settings(written, parameters, tmp_path):
+    vlm = paligemma.load(written, device="cpu")
+    save_checkpoint(vlm.model, vlm.processor.tokenizer, tmp_path / "new" / "saved", torch.float32)
+    saved = paligemma.load(tmp_path / "new" / "saved", device="cpu")
+    assert_same(named(saved), parameters)
+    assert saved.config == vlm.config
+    assert saved.processor.input_ids("detect red circle") == vlm.processor.input_ids("detect red circle")
+
+
+def test_saving_casts_the_file_and_leaves_the_model_alone(written, parameters, tmp_path):
+    vlm = paligemma.load(written, device="cpu")
+    save_checkpoint(vlm.model, vlm.processor.tokenizer, tmp_path, torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert_same(named(vlm), parameters)
+    rounded = {name: value.bfloat16().float() for name, value in parameters.items()}
+    assert_same(named(paligemma.load(tmp_path, device="cpu")), rounded)
+
+
+def test_checkpoint_can_be_saved_over_the_folder_that_it_was_loaded_from(folder, parameters):
+    vlm = paligemma.load(folder, device="cpu")
+    save_checkpoint(vlm.model, vlm.processor.tokenizer, folder, torch.float32)
+    assert_same(named(vlm), parameters)
+    assert_same(named(paligemma.load(folder, device="cpu")), parameters)
+
+
+def test_saved_checkpoint_opens_in_transformers_with_the_same_logits(written, tmp_path):
+    vlm = paligemma.load(written, device="cpu")
+    save_checkpoint(vlm.model, vlm.processor.tokenizer, tmp_path, torch.float32)
+    reference, problems = PaliGemmaForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    assert not problems["missing_keys"]
+    assert not problems["unexpected_keys"]
+    assert_same_logits(vlm, reference.eval())

@@ -1,0 +1,38 @@
+"""The official 3B shapes with random weights: does a load take the memory it should, and are the logits right there?"""
+
+import numpy as np
+import pytest
+from benchmarks.full_size import checkpoint, file_bytes, prefill_once, run_alone
+
+TOLERANCE = 0.04  # of the norm; each library is about 0.011 away from float32 at this depth, and as far from the other
+
+pytestmark = pytest.mark.slow  # 6 GB on disk, 7 GB of memory, minutes where the CPU has no bfloat16 instructions
+
+
+@pytest.fixture(scope="session")
+def folder():
+    """The checkpoint, kept for the next run: making it takes longer than reading it."""
+    return checkpoint("3b")
+
+
+@pytest.fixture(scope="session")
+def ours(folder):
+    """Logits of one prefill, and the peaks of resident memory after the load and overall."""
+    return run_alone(prefill_once, "paligemma", folder, "bfloat16")
+
+
+def test_bfloat16_load_holds_little_more_than_the_file(folder, ours):
+    _, peak_after_load, _ = ours
+    assert peak_after_load <= 1.15 * file_bytes(folder)
+
+
+def test_bfloat16_prefill_holds_little_more_than_the_file(folder, ours):
+    _, _, peak = ours
+    assert peak <= 1.15 * file_bytes(folder)
+
+
+def test_bfloat16_logits_are_those_of_transformers(folder, ours):
+    theirs, _, _ = run_alone(prefill_once, "transformers", folder, "bfloat16")
+    logits, _, _ = ours
+    assert logits.shape == theirs.shape
+    assert np.linalg.norm(logits - theirs) <= TOLERANCE * np.linalg.norm(theirs)

@@ -1,0 +1,300 @@
+"""Checkpoints from the Hub, which a server on this machine stands in for."""
+
+import re
+import shutil
+import time
+
+import huggingface_hub
+import pytest
+import torch
+from hub_server import BAD_TOKEN, HubServer, commit_of
+from huggingface_hub.utils import _http
+from PIL import Image
+from tokenizers import Tokenizer
+
+import paligemma
+from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE, save_checkpoint
+from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
+from paligemma.model import PaliGemma
+
+NAME = "google/paligemma-test"
+MEMBER, STRANGER = "hf_member", "hf_stranger"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub with no repositories; the library asks it, and keeps its cache and token in `tmp_path`."""
+    server = HubServer()
+    # The library reads its environment once, when it is first imported.
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    # It knows the Hub's routes, and so a repository that it may not see, by https only.
+    pattern = _http.REPO_API_REGEX
+    monkeypatch.setattr(
+        _http, "REPO_API_REGEX", re.compile(pattern.pattern.replace("https:", "https?:"), pattern.flags)
+    )
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    # It waits up to half a minute between its attempts.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    huggingface_hub.close_session()
+    yield server
+    huggingface_hub.close_session()
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint that loads at once and is none other, with files beside it that no loader needs."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = Tokenizer.from_file(str(EMBEDDED_FOLDER / "tokenizer.json"))
+    vision = VisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = TextConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
+    config = PaliGemmaConfig(vision, text, image_token_id=tokenizer.token_to_id("<image>"))
+    save_checkpoint(PaliGemma(config), tokenizer, folder, torch.float32)
+    return folder
+
+
+def load(name=NAME, **options):
+    return paligemma.load(name, device="cpu", dtype="float32", **options)
+
+
+def is_small(vlm):
+    return vlm.config.text.hidden_size == 32
+
+
+def refusal(name=NAME, **options):
+    """The sentence with which a checkpoint is refused."""
+    with pytest.raises(paligemma.PaliGemmaError) as caught:
+        load(name, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def test_checkpoint_of_the_hub_answers_as_from_its_folder(hub):
+    hub.add(NAME, EMBEDDED_FOLDER)
+    picture = Image.linear_gradient("L")
+    settings = {"prompt": "caption en", "max_new_tokens": 6}
+    expected = list(paligemma.load(EMBEDDED_FOLDER, device="cpu", dtype="float32").stream(picture, **settings))
+    assert expected
+    assert list(load().stream(picture, **settings)) == expected
+
+
+def test_only_the_files_that_loading_needs_are_fetched(hub, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "repository")
+    for name in (
+        "README.md",
+        "flax_model.msgpack",
+        "pytorch_model.bin",
+        "paligemma-3b-pt-224.npz",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "original/model.safetensors",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(bytes(1000))
+    hub.add(NAME, folder)
+    assert is_small(load())
+    assert hub.fetched() == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert not any("original" in path for _, path, _ in hub.requests)
+
+
+def test_shards_are_fetched_with_their_index(hub, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "repository")
+    shard = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / shard)
+    (folder / INDEX_FILE).write_text(f'{{"weight_map": {{"any": "{shard}"}}}}')
+    hub.add(NAME, folder)
+    assert is_small(load())
+    assert hub.fetched() == {"config.json", "tokenizer.json", INDEX_FILE, shard}
+
+
+def test_second_load_fetches_nothing_again(hub, small):
+    hub.add(NAME, small)
+    load()
+    hub.requests.clear()
+    assert is_small(load())
+    assert hub.fetched() == set()
+
+
+def test_second_load_needs_no_network(hub, small):
+    hub.add(NAME, small)
+    load()
+    hub.close()
+    assert is_small(load())
+
+
+def test_second_load_needs_no_hub_in_good_health(hub, small):
+    hub.add(NAME, small)
+    load()
+    hub.failing = ("/",)
+    assert is_small(load())
+
+
+@pytest.mark.parametrize("revision", ["v2", commit_of(NAME, "v2"), "refs/pr/1"])
+def test_revision_is_honoured_as_an_argument_and_after_the_name(hub, small, revision):
+    hub.add(NAME, EMBEDDED_FOLDER)
+    hub.add(NAME, small, revision="v2")
+    hub.add(NAME, small, revision="refs/pr/1")
+    assert is_small(load(revision=revision))
+    assert is_small(load(f"{NAME}@{revision}"))
+    assert not is_small(load())
+
+
+def test_revision_argument_goes_before_the_one_after_the_name(hub, small):
+    hub.add(NAME, EMBEDDED_FOLDER)
+    hub.add(NAME, small, revision="v2")
+    assert is_small(load(f"{NAME}@main", revision="v2"))
+
+
+def test_folder_of_the_same_name_goes_before_the_hub(hub, small, tmp_path, monkeypatch):
+    shutil.copytree(small, tmp_path / NAME)
+    monkeypatch.chdir(tmp_path)
+    assert is_small(load())
+    assert hub.requests == []
+
+
+def test_token_of_the_environment_opens_a_gated_repository(hub, small, monkeypatch):
+    hub.add(NAME, small)
+    hub.gated, hub.members = {NAME}, {MEMBER}
+    monkeypatch.setenv("HF_TOKEN", MEMBER)
+    assert is_small(load())
+    assert {authorization for _, path, authorization in hub.requests if NAME in path} == {f"Bearer {MEMBER}"}
+
+
+def test_no_token_is_sent_where_there_is_none(hub, small):
+    hub.add(NAME, small)
+    load()
+    assert {authorization for _, path, authorization in hub.requests if NAME in path} == {None}
+
+
+def test_gated_without_a_token_says_where_to_accept_and_to_set_one(hub, small):
+    hub.add(NAME, small)
+    hub.gated = {NAME}
+    message = refusal()
+    assert f"{NAME} is a gated repository" in message
+    assert f"accept its licence at https://huggingface.co/{NAME} and set HF_TOKEN" in message
+
+
+def test_gated_with_a_token_of_no_access_says_whose_account_must_accept(hub, small, monkeypatch):
+    hub.add(NAME, small)
+    hub.gated, hub.members = {NAME}, {MEMBER}
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    message = refusal()
+    assert f"{NAME} is a gated repository" in message
+    assert f"https://huggingface.co/{NAME} with the account that your HF_TOKEN belongs to" in message
+
+
+def test_token_without_the_permission_for_gated_repositories_is_told_so(hub, small, monkeypatch):
+    hub.add(NAME, small)
+    hub.forbidden = {NAME}
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    message = refusal()
+    assert f"The Hub forbids reading {NAME}" in message
+    assert "set HF_TOKEN to a token that may read gated repositories" in message
+
+
+def test_missing_repository_without_a_token_says_to_check_the_name_or_set_one(hub):
+    message = refusal()
+    assert f"The Hub knows no repository {NAME}" in message
+    assert "check the name, and if it is a private one, set HF_TOKEN" in message
+
+
+def test_missing_repository_with_a_token_says_to_check_the_name_and_its_rights(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    message = refusal()
+    assert f"The Hub knows no repository {NAME}" in message
+    assert "check the name, and that your HF_TOKEN may read it" in message
+
+
+def test_missing_revision_is_named_with_where_to_look(hub, small):
+    hub.add(NAME, small)
+    message = refusal(f"{NAME}@v9")
+    assert f"{NAME} has no revision v9" in message
+    assert f"https://huggingface.co/{NAME}" in message
+
+
+def test_token_that_the_hub_does_not_accept_is_to_be_made_anew(hub, small, monkeypatch):
+    hub.add(NAME, small)
+    monkeypatch.setenv("HF_TOKEN", BAD_TOKEN)
+    message = refusal()
+    assert "The Hub does not accept your HF_TOKEN; please make a new one" in message
+    assert BAD_TOKEN not in message
+
+
+def test_no_network_and_nothing_in_the_cache_says_to_check_the_network(hub):
+    hub.close()
+    message = refusal()
+    assert f"{NAME} is not in the local cache and the Hub cannot be reached" in message
+    assert "check the network" in message
+
+
+@pytest.mark.parametrize("part", ["/revision/", "/tree/", "/config.json", "/model.safetensors"])
+def test_server_error_says_to_try_later(hub, small, part):
+    hub.add(NAME, small)
+    hub.failing = (part,)
+    message = refusal()
+    assert f"The Hub answered 500 for {NAME}" in message
+    assert "try again later" in message
+
+
+def test_connection_that_breaks_off_again_and_again_says_to_try_again(hub, small):
+    hub.add(NAME, small)
+    hub.cut = {"/model.safetensors": 1000}
+    message = refusal()
+    assert f"{NAME} could not be downloaded" in message
+    assert "please try again" in message
+    hub.cut = {}
+    assert is_small(load())
+
+
+def test_connection_that_breaks_off_twice_is_taken_up_where_it_broke(hub, small):
+    hub.add(NAME, small)
+    hub.cut = {"/model.safetensors": 2}
+    fetched, expected = load().model, load(small).model
+    for one, other in zip(fetched.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["google/", "/paligemma", "google/pali gemma", "google/pali..gemma", "google/@main"])
+def test_name_that_the_hub_cannot_have_is_refused_without_asking(hub, name):
+    assert "owner/name" in refusal(name)
+    assert hub.requests == []
+
+
+def test_repository_that_holds_another_model_is_refused_with_its_file_named(hub, tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    hub.add(NAME, folder)
+    message = refusal()
+    assert "config.json: model_type is 'llama'" in message
+
+
+def test_repository_without_a_checkpoint_is_refused_with_what_it_lacks(hub, tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "README.md").write_text("Nothing here.")
+    hub.add(NAME, folder)
+    assert "a checkpoint needs its config.json" in refusal()

@@ -1,0 +1,228 @@
+"""The model equals the reference, transformers, on random checkpoints that transformers itself has written."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_checkpoints import VOCABULARY, make_reference, save_reference
+
+import paligemma
+from paligemma.checkpoints import canonical_name
+from paligemma.kv_cache import KVCache
+from paligemma.training.batches import collate
+from paligemma.training.losses import answer_loss
+
+LOGITS_BOUND = 1e-4
+
+
+@pytest.fixture
+def load_both(tmp_path):
+    """A function that makes a reference with the given sizes and loads it with ours as well."""
+
+    def load(**sizes):
+        reference = make_reference(**sizes)
+        return reference, paligemma.load(save_reference(reference, tmp_path / "checkpoint"))
+
+    return load
+
+
+def random_rows(config, lengths, seed=0):
+    """Pixel values and right-padded rows of placeholders and random text, with their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    patches, rows = config.vision.num_patches, len(lengths)
+    pixel_values = torch.randn(rows, 3, config.vision.image_size, config.vision.image_size, generator=generator)
+    input_ids = torch.randint(4, 1000, (rows, patches + max(lengths)), generator=generator)
+    input_ids[:, :patches] = config.image_token_id
+    attention_mask = torch.arange(patches + max(lengths)) < patches + torch.tensor(lengths)[:, None]
+    input_ids[~attention_mask] = config.pad_token_id
+    return pixel_values, input_ids, attention_mask
+
+
+def random_picture(seed, width=90, height=60):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("image_size", [28, 56, 112])
+@pytest.mark.parametrize("lengths", [[9], [9, 5, 2]], ids=["one row", "three padded rows"])
+@torch.no_grad()
+def test_logits_equal_the_reference(load_both, kv_heads, image_size, lengths):
+    reference, vlm = load_both(kv_heads=kv_heads, image_size=image_size, std=0.1)
+    pixel_values, input_ids, attention_mask = random_rows(vlm.config, lengths)
+    # The reference takes the end of the prefix as token types: 0 for the prefix, 1 for the causal answer.
+    prefix_lengths = vlm.config.vision.num_patches + torch.tensor([length // 2 for length in lengths])
+    token_types = (torch.arange(input_ids.shape[1]) >= prefix_lengths[:, None]).long()
+    for prefix, types in ((prefix_lengths, token_types), (None, torch.zeros_like(token_types))):
+        expected = reference(
+            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=types
+        ).logits
+        logits = vlm.model(pixel_values, input_ids, prefix, attention_mask)
+        assert logits.dtype == torch.float32
+        assert expected[attention_mask].std() > 0.05
+        assert (logits - expected)[attention_mask].abs().max() <= LOGITS_BOUND
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@torch.no_grad()
+def test_decode_with_cache_equals_full_forward(load_both, kv_heads):
+    _, vlm = load_both(kv_heads=kv_heads, std=0.2)
+    model, steps = vlm.model, 32
+    pixel_values, input_ids, _ = random_rows(vlm.config, [5])
+    prefix = torch.tensor([input_ids.shape[1]])
+    cache = KVCache(vlm.config.text, 1, input_ids.shape[1] + steps, torch.float32, "cpu")
+    logits = model.prefill(model.image_features(pixel_values), input_ids, cache)
+    chosen = set()
+    for _ in range(steps):
+        expected = model(pixel_values, input_ids, prefix)[:, -1]
+        assert (logits - expected).abs().max() <= LOGITS_BOUND
+        assert logits.argmax() == expected.argmax()
+        next_id = logits.argmax(-1, keepdim=True)
+        chosen.add(next_id.item())
+        input_ids = torch.cat((input_ids, next_id), dim=1)
+        logits = model.decode(next_id, cache)
+    assert len(chosen) > steps // 2, "a model that repeats itself proves nothing"
+
+
+@pytest.mark.parametrize("seed", range(20))
+@torch.no_grad()
+def test_greedy_tokens_equal_generate(load_both, seed):
+    reference, vlm = load_both(kv_heads=(1, 2, 4)[seed % 3], image_size=(28, 56)[seed % 2], std=0.2, seed=seed)
+    picture, prompt = random_picture(seed), f"answer en how many cats are there? {seed}"
+    input_ids = torch.tensor([vlm.processor.input_ids(prompt)])
+    expected = reference.generate(
+        input_ids=input_ids,
+        pixel_values=vlm.processor.pixel_values(picture),
+        attention_mask=torch.ones_like(input_ids),
+        token_type_ids=torch.zeros_like(input_ids),
+        max_new_tokens=24,
+        do_sample=False,
+    )[0, input_ids.shape[1] :].tolist()
+    ours = [token.id for token in vlm.stream(picture, prompt, max_new_tokens=24)]
+    assert ours == [token_id for token_id in expected if token_id not in vlm.config.eos_token_ids]
+    assert len(set(ours)) > len(ours) // 3, "a model that repeats itself proves nothing"
+
+
+def test_loss_and_gradients_equal_the_reference(load_both):
+    reference, vlm = load_both(kv_heads=2, std=0.1)
+    model = vlm.model.requires_grad_(True)
+    pairs = [
+        ("caption en", "2 cats and an apple"),
+        ("detect cat", "<loc0008><loc0016><loc0512><loc1000> cat"),
+        ("answer en how many bees are there?", "0"),
+    ]
+    config = vlm.config
+    pixel_values = torch.randn(len(pairs), 3, config.vision.image_size, config.vision.image_size)
+    rows = collate(vlm.processor, pixel_values, pairs)
+    assert not rows.attention_mask.all(), "there must be padding"
+
+    hidden_states = model.hidden_states(
+        model.image_features(pixel_values), rows.input_ids, rows.prefix_lengths, rows.attention_mask
+    )
+    loss = answer_loss(hidden_states, rows.labels, model.language_model.logits)
+    loss.backward()
+
+    # The reference wants <eos> among the inputs, and shifts the labels by itself.
+    lengths = rows.attention_mask.sum(1)
+    positions = torch.arange(rows.input_ids.shape[1] + 1)
+    input_ids = torch.nn.functional.pad(rows.input_ids, (0, 1), value=config.pad_token_id)
+    input_ids[torch.arange(len(pairs)), lengths] = config.eos_token_ids[0]
+    in_answer = (positions >= rows.prefix_lengths[:, None]) & (positions <= lengths[:, None])
+    outputs = reference.train()(
+        pixel_values=pixel_values,
+        input_ids=input_ids,
+        attention_mask=(positions <= lengths[:, None]).long(),
+        token_type_ids=(positions >= rows.prefix_lengths[:, None]).long(),
+        labels=input_ids.masked_fill(~in_answer, -100),
+    )
+    outputs.loss.backward()
+
+    assert loss.item() == pytest.approx(outputs.loss.item(), rel=1e-4)
+    ours = dict(model.named_parameters())
+    compared = 0
+    for name, parameter in reference.named_parameters():
+        expected, gradient = parameter.grad, ours[canonical_name(name)].grad
+        if expected.norm() < 1e-7:  # keys' biases have none: softmax ignores what is added to a whole row
+            assert gradient.norm() < 1e-6, name
+        else:
+            assert (gradient - expected).norm() <= 1e-4 * expected.norm(), name
+            compared += 1
+    assert compared > 60
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_pixel_values_equal_the_reference(tiny, mode):
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    side = tiny.config.vision.image_size
+    reference = SiglipImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
+    )
+    sizes = [
+        (1, 1),
+        (7, 300),
+        (300, 7),
+        (56, 56),
+        (64, 48),
+        (111, 113),
+        (112, 112),
+        (224, 224),
+        (640, 427),
+        (1500, 900),
+    ]
+    for seed, (width, height) in enumerate(sizes):
+        picture = random_picture(seed, max(width, 6), max(height, 6)).resize((width, height)).convert(mode)
+        expected = reference(picture, return_tensors="pt")["pixel_values"]
+        ours = tiny.processor.pixel_values(picture)
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() <= 1e-6
+
+
+def prompts():
+    """Two hundred prompts: tasks, several scripts, odd spaces, location and segmentation tokens."""
+    words = (
+        "caption en|detect cat ; dog|segment a big cat|ocr|answer de wie viele Bücher?|describe fr l'été à Noël|"
+        "caption ru кошка на столе|答えて 日本語 で|描述 这张 图片|يصف الصورة|תאר את התמונה|रंग क्या है|"
+        "ภาพนี้คืออะไร|무엇이 보이나요|<loc0000><loc0512><loc1023><loc0001> cat|<seg000><seg127> mask|🐱 and 👩‍👩‍👧 family|"
+        "two  spaces|three   spaces |\ttab and\nline|naïve café Å|1,234.5 + π ≈ ∞|<loc12> <seg> <unk"
+    ).split("|")
+    made = [f"{first} {second}" for first in words for second in words]
+    return words + made[:: len(made) // 180][: 200 - len(words)]
+
+
+@pytest.mark.parametrize("vocabulary", ["embedded", "gemma"])
+def test_token_ids_equal_the_reference(tiny, vocabulary):
+    from transformers import GemmaTokenizer, PaliGemmaProcessor, PreTrainedTokenizerFast
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    from paligemma.processor import Processor
+
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    if vocabulary == "embedded":
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=VOCABULARY, **names)
+    else:
+        # The official class, taught on these very prompts.
+        tokenizer = GemmaTokenizer().train_new_from_iterator(prompts(), 1500)
+    image_processor = SiglipImageProcessorPil()
+    image_processor.image_seq_length = tiny.config.vision.num_patches
+    reference = PaliGemmaProcessor(image_processor, tokenizer)
+    if vocabulary == "embedded":
+        ours = tiny.processor
+    else:
+        import dataclasses
+
+        config = dataclasses.replace(
+            tiny.config,
+            image_token_id=reference.image_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_ids=(tokenizer.eos_token_id,),
+        )
+        ours = Processor(config, reference.tokenizer.backend_tokenizer)
+    picture = random_picture(0)
+    assert len(set(prompts())) == 200
+    for prompt in prompts():
+        expected = reference(images=picture, text="<image>" + prompt)["input_ids"][0]
+        assert ours.input_ids(prompt) == list(expected), prompt

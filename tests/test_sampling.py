@@ -1,0 +1,76 @@
+"""Sampling draws from the distribution that the settings name, the reference's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from paligemma import PaliGemmaError
+from paligemma.sampling import Sampler
+
+SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (1.5, 7, 0.8), (0.3, 0, 0.05), (2.0, 500, 0.9)]
+
+
+def reference_probabilities(logits, temperature, top_k, top_p):
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+def test_draws_follow_the_reference_distribution(temperature, top_k, top_p):
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 2
+    expected = reference_probabilities(logits, temperature, top_k, top_p)[0]
+    draws = 40_000
+    ids = Sampler(temperature, top_k, top_p)(logits.expand(draws, -1), torch.Generator().manual_seed(1))
+    frequencies = torch.bincount(ids, minlength=40) / draws
+    assert frequencies[expected == 0].sum() == 0
+    # Five standard deviations of a frequency of that many draws.
+    assert ((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4).all()
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.randn(3, 50)
+    assert Sampler(0.0, top_k=3, top_p=0.5)(logits).equal(logits.argmax(-1))
+
+
+def test_top_k_of_one_takes_the_likeliest():
+    logits = torch.randn(3, 50)
+    assert Sampler(2.0, top_k=1)(logits).equal(logits.argmax(-1))
+
+
+def test_the_same_seed_draws_the_same():
+    logits = torch.randn(64, 100)
+    one, same, other = (Sampler(1.0)(logits, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
+    assert one.equal(same)
+    assert not one.equal(other)
+
+
+def test_top_k_spares_the_sort_of_the_vocabulary():
+    with torch.profiler.profile() as profile:
+        Sampler(1.0, top_k=10, top_p=0.9)(torch.randn(1, 257_216))
+    operations = {event.key for event in profile.key_averages()}
+    assert "aten::topk" in operations
+    assert "aten::sort" not in operations
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(settings):
+    with pytest.raises(PaliGemmaError, match=f"^{next(iter(settings))} is .*please give"):
+        Sampler(**settings)
