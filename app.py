@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
-from gradio.data_classes import ImageData
 from PIL import Image
 
 import paligemma
@@ -46,20 +45,11 @@ THEME = gr.themes.Soft(
 LAUNCH_SETTINGS = {"theme": THEME, "max_file_size": MAX_FILE_SIZE, "ssr_mode": False}
 
 
-class Picture(gr.Image):
-    """A picture input that hands over the file unopened, so that a bad one is refused with a sentence of ours."""
-
-    is_template = True  # the browser draws it as the plain gr.Image
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        return payload.path if payload else None
-
-
 def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
     """The whole page, top to bottom, and what happens when its buttons are pressed."""
 
     def generate(
-        image: str,
+        image: dict | None,
         prompt: str,
         max_new_tokens: int,
         temperature: float,
@@ -71,6 +61,7 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
         try:
             picture = _open_picture(image)
             _check_prompt(vlm, prompt)
+            _check_length(max_new_tokens)
             tokens = vlm.stream(picture, prompt, max_new_tokens, temperature, top_k, top_p, seed)
         except paligemma.PaliGemmaError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -88,7 +79,7 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\n\nGive it a picture and a prompt, and watch the answer arrive.\n\n{about}")
         with gr.Row():
             with gr.Column():
-                image = Picture(
+                image = gr.Image(
                     label="Picture",
                     sources=["upload", "webcam", "clipboard"],
                     height=320,
@@ -119,6 +110,8 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
             generate,
             inputs=[image, prompt, *settings],
             outputs=[answer, speed, boxes],
+            # Values come as they are: Gradio would open a bad picture itself, and fail without a sentence.
+            preprocess=False,
             api_name="generate",
             api_description="Answer a prompt about a picture; streams the text so far.",
             show_progress_on=speed,
@@ -128,10 +121,11 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
     return page.queue(max_size=MAX_QUEUE_LENGTH, default_concurrency_limit=1)
 
 
-def _open_picture(path: str | None) -> Image.Image:
-    if not path:
+def _open_picture(image: dict | None) -> Image.Image:
+    """Open what `gr.Image` sends: the fields of its `ImageData`, with the path of the uploaded file."""
+    if not image or not image["path"]:
         raise paligemma.PaliGemmaError("There is no picture yet; please upload one or choose an example.")
-    return open_image(path, MAX_PIXELS)
+    return open_image(image["path"], MAX_PIXELS)
 
 
 def _check_prompt(vlm: paligemma.VisionLanguageModel, prompt: str) -> None:
@@ -139,6 +133,13 @@ def _check_prompt(vlm: paligemma.VisionLanguageModel, prompt: str) -> None:
     if tokens > MAX_PROMPT_TOKENS:
         raise paligemma.PaliGemmaError(
             f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
+        )
+
+
+def _check_length(max_new_tokens: float) -> None:
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise paligemma.PaliGemmaError(
+            f"max_new_tokens is {max_new_tokens}; please give a whole number from 1 to {MAX_NEW_TOKENS}."
         )
 
 

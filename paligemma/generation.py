@@ -16,6 +16,8 @@ from .model import PaliGemma
 from .processor import Processor, open_image
 from .sampling import Sampler
 
+MAX_SEED = 2**63
+
 
 @dataclass(frozen=True)
 class Token:
@@ -86,12 +88,7 @@ class VisionLanguageModel:
         if not isinstance(image, Image.Image):
             image = open_image(image)
         pixel_values = self.processor.pixel_values(image)
-        generator = torch.Generator(self.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(int(seed))
-        return self._tokens(pixel_values, input_ids, int(max_new_tokens), sampler, generator)
+        return self._tokens(pixel_values, input_ids, int(max_new_tokens), sampler, self._generator(seed))
 
     def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: float | int | None) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
@@ -118,6 +115,15 @@ class VisionLanguageModel:
             yield Token(token_id, text.push(token_id), probability.item())
             if remaining:
                 logits = self._decode(next_id, cache)
+
+    def _generator(self, seed: int | None) -> torch.Generator:
+        generator = torch.Generator(self.device)
+        if seed is None:
+            generator.seed()
+            return generator
+        if seed != int(seed) or not 0 <= seed < MAX_SEED:
+            raise PaliGemmaError(f"seed is {seed}; please give none or a whole number from 0 to {MAX_SEED - 1}.")
+        return generator.manual_seed(int(seed))
 
     @torch.inference_mode()
     def _prefill(self, pixel_values: Tensor, input_ids: list[int], cache: KVCache) -> Tensor:

@@ -24,7 +24,7 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values)  # [B, width, H/patch, W/patch]
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [B, patches, width]
+        return patches.flatten(2).transpose(1, 2).contiguous() + self.position_embedding.weight  # [B, patches, width]
 
 
 class VisionAttention(nn.Module):

@@ -45,8 +45,8 @@ def test_max_new_tokens_out_of_range_is_refused(tiny, max_new_tokens):
         tiny.stream(PICTURE, "caption en", max_new_tokens=max_new_tokens)
 
 
-@pytest.mark.parametrize("setting", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}])
-def test_sampler_settings_out_of_range_are_refused(tiny, setting):
+@pytest.mark.parametrize("setting", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"seed": -1}, {"seed": 2**70}])
+def test_settings_out_of_range_are_refused(tiny, setting):
     with pytest.raises(PaliGemmaError, match=next(iter(setting))):
         tiny.stream(PICTURE, "caption en", **setting)
 
