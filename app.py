@@ -114,7 +114,7 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
             preprocess=False,
             api_name="generate",
             api_description="Answer a prompt about a picture; streams the text so far.",
-            show_progress_on=speed,
+            show_progress_on=answer,  # the place in the queue shows where the answer will be
         )
         stop.click(None, cancels=[running], api_visibility="private")
     # One answer at a time, first come, first served.

@@ -112,6 +112,22 @@ def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded
     assert answer_in(tab) == kept
 
 
+def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, long_winded_address, watched):
+    first, second = open_page(long_winded_address), open_page(long_winded_address)
+    for tab in (first, second):
+        upload(tab, PICTURE)
+    before = watched.tokens
+    first.click("#run")
+    while watched.tokens == before:
+        first.wait_for_timeout(50)
+    second.click("#run")
+    expect(second.get_by_text("queue: 1/1")).to_be_visible(timeout=20_000)
+    assert second.locator("#answer").get_by_text("queue: 1/1").bounding_box()["height"] > 10
+    first.click("#stop")
+    expect(second.locator("#answer textarea")).not_to_have_value("", timeout=20_000)
+    second.click("#stop")
+
+
 def test_closing_the_tab_ends_the_generation(open_page, long_winded_address, watched):
     tab = open_page(long_winded_address)
     upload(tab, PICTURE)
