@@ -177,7 +177,7 @@ def main() -> None:
         sys.exit(str(error))
     about = ABOUT_OTHER.format(arguments.model) if arguments.model else ABOUT_EMBEDDED
     page = build_page(vlm, about)
-    page.launch(server_name=arguments.host, server_port=arguments.port, share=arguments.share, **LAUNCH_SETTINGS)
+    page.launch(server_name=arguments.host, server_port=arguments.port, share=arguments.share or None, **LAUNCH_SETTINGS)
 
 
 if __name__ == "__main__":

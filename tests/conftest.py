@@ -104,8 +104,11 @@ def find_browser(playwright: object) -> str:
     found = next(filter(None, map(shutil.which, BROWSER_NAMES)), None)
     if found:
         return found
-    own = playwright.chromium.executable_path
-    if Path(own).exists() or _succeeds(sys.executable, "-m", "playwright", "install", "--with-deps", "chromium"):
+    own, install = playwright.chromium.executable_path, (sys.executable, "-m", "playwright")
+    if Path(own).exists():
+        return own
+    if _succeeds(*install, "install", "chromium"):
+        _succeeds(*install, "install-deps", "chromium")  # needs root; where it fails, the libraries may be there
         return own
     if _succeeds("apt-get", "update") and _succeeds("apt-get", "install", "-y", "chromium"):
         return shutil.which("chromium")

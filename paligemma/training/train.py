@@ -227,20 +227,18 @@ def train_together(processor: Processor, eye: SiglipVisionModel, folder: Path, s
 
     run = Run("together", model, folder, steps, peak_learning_rate=1e-3)
     run.notes.setdefault("max_objects", 1)
+    run.notes.setdefault("raised_at", 0)
     max_objects = torch.tensor(run.notes["max_objects"]).share_memory_()
     batches = in_background(
         SceneBatches(processor, load_sprites(SPRITE_SIZE), PICTURES_A_BATCH, max_objects, seed=1_000_000 + run.step)
     )
-    steps_at_this_difficulty = 0
     while not run.finished:
         run.update(rows_loss(model, next(batches)))
-        steps_at_this_difficulty += 1
         # The smoothed loss needs some steps to forget the easier scenes before.
-        settled = steps_at_this_difficulty > 3 / (1 - LOSS_SMOOTHING)
+        settled = run.step - run.notes["raised_at"] > 3 / (1 - LOSS_SMOOTHING)
         if settled and run.smooth_loss < LOSS_TO_ADD_AN_OBJECT and max_objects < MAX_OBJECTS:
             max_objects += 1
-            run.notes["max_objects"] = max_objects.item()
-            steps_at_this_difficulty = 0
+            run.notes.update(max_objects=max_objects.item(), raised_at=run.step)
     return model
 
 
