@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 import paligemma
@@ -22,6 +23,7 @@ MAX_PIXELS = 60_000_000
 MAX_PROMPT_TOKENS = 512
 MAX_NEW_TOKENS = 256
 MAX_QUEUE_LENGTH = 32
+MAX_ANNOTATED_SIDE = 1024  # pixels; drawing boxes takes time and memory with the area
 FILES_KEPT_SECONDS = 3600
 
 EXAMPLES_FOLDER = Path(__file__).parent / "paligemma" / "examples"
@@ -37,6 +39,7 @@ ABOUT_EMBEDDED = (
     "For photographs, start it with an official checkpoint: `PALIGEMMA_MODEL=google/paligemma-3b-mix-224`."
 )
 ABOUT_OTHER = "This page runs `{}`. Try `caption en`, `describe en`, `answer en what is on the table?`, `detect cat ; dog`, `ocr`."
+EMPTY_ANSWER = "The model gave an empty answer. To `detect` it means that nothing of the kind is there."
 # System fonts: the page asks no other host for anything.
 THEME = gr.themes.Soft(
     font=["system-ui", "sans-serif"],
@@ -58,22 +61,19 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
         seed: int | None = None,
     ) -> Iterator[tuple]:
         start = time.perf_counter()
+        text, times = "", []
         try:
             picture = _open_picture(image)
-            _check_prompt(vlm, prompt)
-            _check_length(max_new_tokens)
             tokens = vlm.stream(picture, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+            _check_limits(vlm, prompt, max_new_tokens)
+            yield text, "Looking at the picture …", gr.skip()
+            for token in tokens:
+                times.append(time.perf_counter() - start)
+                text += token.text
+                yield text, _speed(times), gr.skip()
         except paligemma.PaliGemmaError as error:
             raise gr.Error(str(error), print_exception=False) from error
-
-        text, times = "", []
-        yield text, "Looking at the picture …", gr.skip()
-        for token in tokens:
-            times.append(time.perf_counter() - start)
-            text += token.text
-            yield text, _speed(times), gr.skip()
-        # An answer of nothing is an answer: detect says it when nothing of the kind is there.
-        yield text, _speed(times) or "The model answered with nothing: it sees no such thing.", _annotate(picture, text)
+        yield text, _speed(times) or EMPTY_ANSWER, _annotate(picture, text)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS,) * 2) as page:
         gr.Markdown(f"# {TITLE}\n\nGive it a picture and a prompt, and watch the answer arrive.\n\n{about}")
@@ -125,18 +125,20 @@ def _open_picture(image: dict | None) -> Image.Image:
     """Open what `gr.Image` sends: the fields of its `ImageData`, with the path of the uploaded file."""
     if not image or not image["path"]:
         raise paligemma.PaliGemmaError("There is no picture yet; please upload one or choose an example.")
-    return open_image(image["path"], MAX_PIXELS)
+    path = Path(image["path"]).resolve()
+    # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise paligemma.PaliGemmaError("The picture was not uploaded to this page; please upload it.")
+    return open_image(path, MAX_PIXELS)
 
 
-def _check_prompt(vlm: paligemma.VisionLanguageModel, prompt: str) -> None:
+def _check_limits(vlm: paligemma.VisionLanguageModel, prompt: str, max_new_tokens: float) -> None:
+    """Refuse what the model could do but a shared page should not spend its time on."""
     tokens = len(vlm.processor.input_ids(prompt)) - vlm.config.vision.num_patches
     if tokens > MAX_PROMPT_TOKENS:
         raise paligemma.PaliGemmaError(
             f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
         )
-
-
-def _check_length(max_new_tokens: float) -> None:
     if max_new_tokens > MAX_NEW_TOKENS:
         raise paligemma.PaliGemmaError(
             f"max_new_tokens is {max_new_tokens}; please give a whole number from 1 to {MAX_NEW_TOKENS}."
@@ -155,8 +157,9 @@ def _speed(times: list[float]) -> str:
 
 def _annotate(picture: Image.Image, text: str) -> dict:
     """The picture with the answer's boxes, shown only if there are any."""
-    detections = find_detections(text)
-    marks = [(detection.in_pixels(*picture.size), detection.label or "object") for detection in detections]
+    picture = picture.copy()
+    picture.thumbnail((MAX_ANNOTATED_SIDE, MAX_ANNOTATED_SIDE))
+    marks = [(found.in_pixels(*picture.size), found.label or "object") for found in find_detections(text)]
     return gr.update(value=(picture, marks) if marks else None, visible=bool(marks))
 
 
@@ -177,7 +180,9 @@ def main() -> None:
         sys.exit(str(error))
     about = ABOUT_OTHER.format(arguments.model) if arguments.model else ABOUT_EMBEDDED
     page = build_page(vlm, about)
-    page.launch(server_name=arguments.host, server_port=arguments.port, share=arguments.share or None, **LAUNCH_SETTINGS)
+    page.launch(
+        server_name=arguments.host, server_port=arguments.port, share=arguments.share or None, **LAUNCH_SETTINGS
+    )
 
 
 if __name__ == "__main__":

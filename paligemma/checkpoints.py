@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .config import PaliGemmaConfig, PaliGemmaError
-from .generation import VisionLanguageModel
+from .generation import VisionLanguageModel, explained_lack_of_memory
 from .model import PaliGemma
 from .processor import Processor
 
@@ -44,7 +44,7 @@ def load(
         source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
             revision may follow: `google/paligemma-3b-mix-224@bfloat16`.
         device: where to run; None takes a GPU if there is one.
-        dtype: `float32`, `bfloat16` or `float16`; None takes bfloat16 on a GPU and float32 elsewhere.
+        dtype: `float32`, `bfloat16` or `float16`; None takes bfloat16 on CUDA and float32 elsewhere.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -57,7 +57,8 @@ def load(
     processor = Processor.from_file(config, folder / "tokenizer.json")
     with torch.device("meta"), WithoutInitialisation():
         model = PaliGemma(config)
-    load_weights(model, weight_files(folder), dtype, device)
+    with explained_lack_of_memory(device):
+        load_weights(model, weight_files(folder), dtype, device)
     return VisionLanguageModel(model, processor)
 
 
@@ -75,7 +76,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype that was asked for; bfloat16 on a GPU and float32 elsewhere if none was."""
+    """The dtype that was asked for; bfloat16 on CUDA and float32 elsewhere if none was."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = DTYPES.get(dtype, dtype)

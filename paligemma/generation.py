@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,21 @@ from .config import PaliGemmaConfig, PaliGemmaError
 from .kv_cache import KVCache
 from .model import PaliGemma
 from .processor import Processor, open_image
-from .sampling import Sampler
+from .sampling import Sampler, is_number
 
 MAX_SEED = 2**63
+
+
+@contextmanager
+def explained_lack_of_memory(device: torch.device) -> Iterator[None]:
+    """Turn a device's running out of memory into a PaliGemmaError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PaliGemmaError(
+            f"The memory of {device} is too small; please choose the dtype bfloat16, a smaller checkpoint or a "
+            "larger machine."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,8 @@ class Token:
     """One generated token.
 
     id: its number in the vocabulary.
-    text: what it adds to the answer; empty in the middle of a character of several bytes.
+    text: what it adds to the answer; empty in the middle of a character of several bytes. A character that is still
+        unfinished when the answer ends is left out.
     probability: the model's own, before temperature and filters.
     """
 
@@ -81,13 +95,20 @@ class VisionLanguageModel:
         sampler = Sampler(temperature, top_k, top_p)
         input_ids = self.processor.input_ids(prompt)
         room = self.config.text.max_position_embeddings - len(input_ids)
-        if max_new_tokens != int(max_new_tokens) or not 1 <= max_new_tokens <= room:
+        if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= room:
             raise PaliGemmaError(
                 f"max_new_tokens is {max_new_tokens}; after this prompt please give a whole number from 1 to {room}."
             )
-        if not isinstance(image, Image.Image):
+        if isinstance(image, (str, os.PathLike)):
             image = open_image(image)
-        pixel_values = self.processor.pixel_values(image)
+        if not isinstance(image, Image.Image):
+            raise PaliGemmaError(
+                f"The picture is of type {type(image).__name__}; please give a Pillow picture or a path."
+            )
+        try:
+            pixel_values = self.processor.pixel_values(image)
+        except OSError as error:  # Pillow reads a file's pixels only now
+            raise PaliGemmaError(f"The picture cannot be read ({error}); please save it anew.") from error
         return self._tokens(pixel_values, input_ids, int(max_new_tokens), sampler, self._generator(seed))
 
     def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: float | int | None) -> str:
@@ -105,11 +126,12 @@ class VisionLanguageModel:
         text = self.processor.text_stream()
         # The last token's own keys and values are never needed.
         length = len(input_ids) + max_new_tokens - 1
-        cache = KVCache(self.config.text, 1, length, self.dtype, self.device)
-        logits = self._prefill(pixel_values, input_ids, cache)
+        with explained_lack_of_memory(self.device):
+            cache = KVCache(self.config.text, 1, length, self.dtype, self.device)
+            logits = self._prefill(pixel_values, input_ids, cache)
         for remaining in reversed(range(max_new_tokens)):
             next_id, probability = self._choose(logits, sampler, generator)
-            token_id = next_id.item()  # the one synchronisation of each step
+            token_id = next_id.item()  # waits for the device; the probability is ready with it
             if token_id in self.config.eos_token_ids:
                 return
             yield Token(token_id, text.push(token_id), probability.item())
@@ -121,7 +143,7 @@ class VisionLanguageModel:
         if seed is None:
             generator.seed()
             return generator
-        if seed != int(seed) or not 0 <= seed < MAX_SEED:
+        if not is_number(seed, whole=True) or not 0 <= seed < MAX_SEED:
             raise PaliGemmaError(f"seed is {seed}; please give none or a whole number from 0 to {MAX_SEED - 1}.")
         return generator.manual_seed(int(seed))
 

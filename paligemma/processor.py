@@ -13,12 +13,15 @@ from torch import Tensor
 
 from .config import PaliGemmaConfig, PaliGemmaError
 
+# Of all that Pillow reads, what people have; rarer readers start other programs or fail in ways of their own.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+
 
 def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
     """Read a picture file whole, upright and in RGB.
 
     Args:
-        path: any format that Pillow knows.
+        path: a file in one of `FORMATS`.
         max_pixels: refuse a larger picture before its pixels are unpacked.
 
     Raises:
@@ -28,7 +31,7 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
     try:
         if os.path.getsize(path) == 0:
             raise PaliGemmaError(f"The file {name} is empty; please choose another picture.")
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise PaliGemmaError(_too_large(name, f"{image.width} × {image.height} pixels", max_pixels))
             return to_rgb(image)
@@ -37,10 +40,11 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
     except Image.DecompressionBombError as error:
         raise PaliGemmaError(_too_large(name, "too many pixels", max_pixels)) from error
     except FileNotFoundError as error:
-        raise PaliGemmaError(f"There is no file {path}; please check its path.") from error
+        raise PaliGemmaError(f"There is no file {name}; please check its path.") from error
     except (OSError, SyntaxError, ValueError) as error:
-        # Pillow reports damage in either of these ways, depending on the format.
-        raise PaliGemmaError(f"The picture {name} cannot be read ({error}); please save it anew.") from error
+        # Pillow reports damage in any of these ways, depending on the format.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise PaliGemmaError(f"The picture {name} cannot be read ({reason}); please save it anew.") from error
 
 
 def _too_large(name: str, size: str, max_pixels: int | None) -> str:
@@ -108,6 +112,8 @@ class Processor:
         Raises:
             PaliGemmaError: the prompt is empty, holds a reserved token or is longer than the context.
         """
+        if not isinstance(prompt, str):
+            raise PaliGemmaError(f"The prompt is of type {type(prompt).__name__}; please give text.")
         if not prompt.strip():
             raise PaliGemmaError("The prompt is empty; please ask something, for example: caption en")
         for token in self._control_tokens:
@@ -132,7 +138,8 @@ class TextStream:
     """Token ids in, text out, piece by piece, so that the joined pieces are the decoded whole.
 
     A character of several bytes comes out with its last token, and a word keeps the space before it. Bytes that make
-    no valid text come out as replacement characters, once the token after them is there.
+    no valid text come out as replacement characters, once the token after them is there; bytes at the very end that
+    only begin a character stay inside.
     """
 
     def __init__(self, tokenizer: Tokenizer, control_ids: frozenset[int]):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .config import PaliGemmaError
+
+# Below this, dividing by the temperature would overflow; the likeliest token is as good as certain long before.
+SMALLEST_TEMPERATURE = 1e-6
+
+
+def is_number(value: object, whole: bool = False) -> bool:
+    """Whether a setting is a finite number, and a whole one if that is asked for (5.0 is one)."""
+    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return finite and (not whole or value == int(value))
 
 
 @dataclass(frozen=True)
@@ -28,16 +39,16 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
+        if not is_number(self.temperature) or self.temperature < 0:
             raise PaliGemmaError(f"temperature is {self.temperature}; please give 0 (greedy) or a positive number.")
-        if self.top_k != int(self.top_k) or self.top_k < 0:
+        if not is_number(self.top_k, whole=True) or self.top_k < 0:
             raise PaliGemmaError(f"top_k is {self.top_k}; please give 0 (off) or a positive whole number.")
-        if not 0.0 < self.top_p <= 1.0:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise PaliGemmaError(f"top_p is {self.top_p}; please give a number above 0 and up to 1 (off).")
 
     def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Choose one token a row: float [B, vocab] to int64 [B]; `generator` must be on the same device."""
-        if self.temperature == 0.0:
+        if self.temperature < SMALLEST_TEMPERATURE:
             return logits.argmax(dim=-1)
         candidates, logits = self._filter(logits / self.temperature)
         # Dividing by exponential noise and taking the largest draws from the distribution (the Gumbel-max trick) and

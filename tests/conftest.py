@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,23 +35,26 @@ def long_winded(tmp_path_factory: pytest.TempPathFactory) -> paligemma.VisionLan
 class Watched:
     """A model that counts the tokens it has been asked for, and takes as long for each as a large one would."""
 
-    SECONDS_PER_TOKEN = 0.25
+    SECONDS_PER_TOKEN = 0.4
 
     def __init__(self, vlm: paligemma.VisionLanguageModel):
         self._vlm = vlm
+        self.answers = 0
         self.tokens = 0
+        self.answer_of_token: list[int] = []
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._vlm, name)
 
     def stream(self, *arguments: object) -> Iterator[paligemma.Token]:
-        tokens = self._vlm.stream(*arguments)
-        return self._counted(tokens)
+        self.answers += 1
+        return self._counted(self._vlm.stream(*arguments), self.answers)
 
-    def _counted(self, tokens: Iterator[paligemma.Token]) -> Iterator[paligemma.Token]:
+    def _counted(self, tokens: Iterator[paligemma.Token], answer: int) -> Iterator[paligemma.Token]:
         for token in tokens:
             time.sleep(self.SECONDS_PER_TOKEN)
             self.tokens += 1
+            self.answer_of_token.append(answer)
             yield token
 
 
@@ -98,6 +103,17 @@ def browser() -> Iterator[object]:
         chromium = playwright.chromium.launch(executable_path=find_browser(playwright), args=arguments)
         yield chromium
         chromium.close()
+
+
+def write_png_that_claims(path: Path, width: int, height: int) -> None:
+    """A small file whose header promises any number of pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)  # one bit a pixel, grey
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 def find_browser(playwright: object) -> str:

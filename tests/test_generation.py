@@ -39,13 +39,15 @@ def test_max_new_tokens_bounds_the_answer(long_winded):
     assert len(list(long_winded.stream(PICTURE, "caption en", max_new_tokens=5))) == 5
 
 
-@pytest.mark.parametrize("max_new_tokens", [0, -1, 1.5, 100_000])
+@pytest.mark.parametrize("max_new_tokens", [0, -1, 1.5, 100_000, None, "5", float("nan")])
 def test_max_new_tokens_out_of_range_is_refused(tiny, max_new_tokens):
     with pytest.raises(PaliGemmaError, match="^max_new_tokens is .*please give a whole number from 1 to 9"):
         tiny.stream(PICTURE, "caption en", max_new_tokens=max_new_tokens)
 
 
-@pytest.mark.parametrize("setting", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"seed": -1}, {"seed": 2**70}])
+@pytest.mark.parametrize(
+    "setting", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"seed": -1}, {"seed": 2**70}, {"seed": "x"}]
+)
 def test_settings_out_of_range_are_refused(tiny, setting):
     with pytest.raises(PaliGemmaError, match=next(iter(setting))):
         tiny.stream(PICTURE, "caption en", **setting)
@@ -56,6 +58,24 @@ def test_errors_come_at_the_call_and_not_at_the_first_token(tiny, tmp_path):
         tiny.stream(tmp_path / "nowhere.png", "caption en")
     with pytest.raises(PaliGemmaError, match="prompt is empty"):
         tiny.stream(PICTURE, "")
+
+
+def test_what_is_no_picture_is_refused(tiny, tmp_path):
+    with pytest.raises(PaliGemmaError, match="please give a Pillow picture or a path"):
+        tiny.stream(None, "caption en")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(PICTURE.read_bytes()[:2000])
+    with pytest.raises(PaliGemmaError, match="please save it anew"):
+        tiny.stream(Image.open(cut), "caption en")
+
+
+def test_too_little_memory_is_explained(tiny, monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny.model, "prefill", run_out)
+    with pytest.raises(PaliGemmaError, match="memory of cpu is too small; please choose"):
+        tiny.generate(PICTURE, "caption en")
 
 
 def test_a_pillow_picture_answers_like_its_file(tiny):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import time
 
+import httpx
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, write_png_that_claims
 from gradio_client import Client, handle_file
-from PIL import Image
 from playwright.sync_api import expect
 
 PICTURE = EXAMPLES / "cats.png"
@@ -50,11 +51,12 @@ def set_max_new_tokens(tab, count):
     tab.get_by_label("number input for Max new tokens").press("Tab")
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=60, tab=None):
+    """Poll; a browser's tab must be given, if there is one, for it to go on meanwhile."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
+        tab.wait_for_timeout(50) if tab else time.sleep(0.05)
 
 
 def tokens_after(watched, end_it):
@@ -100,11 +102,7 @@ def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded
     set_max_new_tokens(tab, 250)
     tab.click("#run")
     lengths = set()
-    end = time.monotonic() + 30
-    while len(lengths) < 4 and time.monotonic() < end:
-        lengths.add(len(answer_in(tab)))
-        tab.wait_for_timeout(50)
-    assert len(lengths) >= 4, "the answer does not grow"
+    wait_until(lambda: lengths.add(len(answer_in(tab))) or len(lengths) >= 4, tab=tab)
     assert tokens_after(watched, lambda: tab.click("#stop")) <= ONE_TOKEN
     kept = answer_in(tab)
     assert kept
@@ -118,8 +116,7 @@ def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, long_winded_addres
         upload(tab, PICTURE)
     before = watched.tokens
     first.click("#run")
-    while watched.tokens == before:
-        first.wait_for_timeout(50)
+    wait_until(lambda: watched.tokens > before, tab=first)
     second.click("#run")
     expect(second.get_by_text("queue: 1/1")).to_be_visible(timeout=20_000)
     assert second.locator("#answer").get_by_text("queue: 1/1").bounding_box()["height"] > 10
@@ -134,8 +131,7 @@ def test_closing_the_tab_ends_the_generation(open_page, long_winded_address, wat
     set_max_new_tokens(tab, 250)
     before = watched.tokens
     tab.click("#run")
-    while watched.tokens < before + 3:
-        tab.wait_for_timeout(50)
+    wait_until(lambda: watched.tokens >= before + 3, tab=tab)
     assert tokens_after(watched, tab.close) <= ONE_TOKEN
 
 
@@ -207,25 +203,19 @@ def test_a_client_that_goes_away_ends_the_generation(long_winded_address, watche
     )
     before = watched.tokens
     other = subprocess.Popen([sys.executable, "-c", script, long_winded_address, str(PICTURE)])
-    wait_until(lambda: watched.tokens >= before + 3, seconds=60)
+    wait_until(lambda: watched.tokens >= before + 3)
     assert tokens_after(watched, other.kill) <= ONE_TOKEN
 
 
-def test_requests_are_answered_one_after_another(long_winded_address):
+def test_requests_are_answered_one_after_another(long_winded_address, watched):
     clients = [Client(long_winded_address, verbose=False) for _ in range(2)]
     jobs = [
         client.submit(handle_file(PICTURE), "caption en", max_new_tokens=6, api_name="/generate") for client in clients
     ]
-    seen = []  # which of the two jobs had news
-    counts = [0, 0]
-    while not all(job.done() for job in jobs):
-        for index, job in enumerate(jobs):
-            if len(job.outputs()) > counts[index]:
-                counts[index] = len(job.outputs())
-                seen.append(index)
-        time.sleep(0.02)
-    switches = sum(one != other for one, other in zip(seen, seen[1:]))
-    assert switches == 1, f"the answers mix: {seen}"
+    for job in jobs:
+        job.result(timeout=60)
+    first, second = watched.answers - 1, watched.answers
+    assert watched.answer_of_token[-12:] == [first] * 6 + [second] * 6
 
 
 @pytest.fixture(scope="session")
@@ -235,7 +225,7 @@ def files(tmp_path_factory):
     bad = {name: folder / f"{name}.png" for name in ("text", "empty", "huge")}
     bad["text"].write_text("just some text")
     bad["empty"].touch()
-    Image.new("1", (30_000, 30_000)).save(bad["huge"])
+    write_png_that_claims(bad["huge"], 30_000, 30_000)
     return {"good": PICTURE, **bad}
 
 
@@ -272,3 +262,34 @@ def test_wrong_input_gets_one_sentence(client, files, tiny, image, prompt, sente
 def test_a_setting_out_of_range_is_refused(client, setting, value):
     with pytest.raises(Exception, match=f"^{setting} is {value}; .*please give"):
         client.predict(handle_file(PICTURE), "caption en", api_name="/generate", **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "name"),
+    [(1, None, "The prompt"), (2, None, "max_new_tokens"), (3, "hot", "temperature"), (6, "x", "seed")],
+)
+def test_a_value_of_the_wrong_type_gets_one_sentence(page_address, position, value, name):
+    data = [{"path": uploaded_path(page_address)}, "caption en", 8, 0, 0, 1, None]
+    data[position] = value
+    assert error_of_call(page_address, data).startswith(name)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", str(PICTURE.resolve()), "/no/such/file.png"])
+def test_a_path_that_was_not_uploaded_is_refused(page_address, path):
+    error = error_of_call(page_address, [{"path": path}, "caption en", 8, 0, 0, 1, None])
+    assert error == "The picture was not uploaded to this page; please upload it."
+
+
+def uploaded_path(address):
+    """Upload the picture by plain HTTP, as any program may; returns the server's path of it."""
+    answer = httpx.post(f"{address}gradio_api/upload", files={"files": PICTURE.open("rb")})
+    return answer.json()[0]
+
+
+def error_of_call(address, data):
+    """Call the endpoint by plain HTTP; returns the sentence of the error that comes back."""
+    event = httpx.post(f"{address}gradio_api/call/generate", json={"data": data}).json()["event_id"]
+    stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=30).text
+    event_name, content = stream.strip().split("\n\n")[-1].split("\n")[:2]
+    assert event_name == "event: error", stream
+    return json.loads(content.removeprefix("data: "))["error"]

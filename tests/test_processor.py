@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import write_png_that_claims
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -90,10 +91,10 @@ def test_a_missing_file_is_refused_with_a_sentence(tmp_path):
 
 
 def test_a_huge_picture_is_refused_before_it_is_unpacked(tmp_path):
-    Image.new("1", (30_000, 30_000)).save(tmp_path / "huge.png")
+    write_png_that_claims(tmp_path / "huge.png", 30_000, 30_000)
     with pytest.raises(PaliGemmaError, match="smaller to at most 60 million pixels"):
         open_image(tmp_path / "huge.png", max_pixels=60_000_000)
-    Image.new("1", (9_000, 9_000)).save(tmp_path / "large.png")
+    write_png_that_claims(tmp_path / "large.png", 9_000, 9_000)
     with pytest.raises(PaliGemmaError, match="9000 × 9000 pixels.* at most 60 million"):
         open_image(tmp_path / "large.png", max_pixels=60_000_000)
 
@@ -118,6 +119,12 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny):
         processor.input_ids("a" + " cat" * 13)
     with pytest.raises(PaliGemmaError, match="please shorten it"):
         tiny.processor.input_ids("cat " * 25_000)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"caption en"])
+def test_a_prompt_that_is_no_text_is_refused(tiny, prompt):
+    with pytest.raises(PaliGemmaError, match="please give text"):
+        tiny.processor.input_ids(prompt)
 
 
 def test_a_prompt_that_is_not_unicode_is_refused(tiny):

@@ -38,6 +38,11 @@ def test_temperature_zero_takes_the_likeliest():
     assert Sampler(0.0, top_k=3, top_p=0.5)(logits).equal(logits.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-5, 1e-10, 1e-46])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+    assert Sampler(temperature)(torch.tensor([[1.0, 5.0, 20.0, -3.0]])).tolist() == [2]
+
+
 def test_top_k_of_one_takes_the_likeliest():
     logits = torch.randn(3, 50)
     assert Sampler(2.0, top_k=1)(logits).equal(logits.argmax(-1))
@@ -69,6 +74,11 @@ def test_top_k_spares_the_sort_of_the_vocabulary():
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": float("nan")},
+        {"temperature": None},
+        {"temperature": "hot"},
+        {"top_k": float("inf")},
+        {"top_k": None},
+        {"top_p": True},
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(settings):

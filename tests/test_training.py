@@ -178,7 +178,13 @@ def test_training_learns_logs_and_resumes(tiny, sprites, tmp_path, monkeypatch):
     steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "eye.csv").open())]
     assert steps == [5, 10, 15, 20, 25, 30]
 
+    monkeypatch.setattr(train, "SMALL_PICTURES_A_BATCH", 2)
+    small = train.train_voice(tiny.processor, eye, tmp_path, steps=5)
+    seen = small.vision_tower.state_dict()
+    assert all(torch.equal(weight, seen[name]) for name, weight in eye.state_dict().items()), "the eye stays as it is"
+
     monkeypatch.setattr(train, "PICTURES_A_BATCH", 2)
-    model = train.train_together(tiny.processor, eye, tmp_path, steps=5)
+    model = train.train_together(tiny.processor, small, tmp_path, steps=5)
+    assert model.config == tiny.config
     assert (tmp_path / "together.pt").exists()
     assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
 import tempfile
@@ -102,10 +104,13 @@ def load_sprites(size: int, cache_folder: Path = CACHE_FOLDER) -> np.ndarray:
         uint8 [kinds, styles, size, size, 4], RGBA, transparent around the object.
     """
     cache_folder.mkdir(parents=True, exist_ok=True)
-    cached = cache_folder / f"sprites-{len(KINDS)}-{size}.npy"
+    contents = hashlib.sha256(repr((KINDS, tuple(STYLES))).encode()).hexdigest()[:12]
+    cached = cache_folder / f"sprites-{contents}-{size}.npy"
     if not cached.exists():
         styles = [_rasterise_style(package, size) for package in STYLES]
-        np.save(cached, np.stack(styles, axis=1))
+        unfinished = cached.with_suffix(".tmp.npy")
+        np.save(unfinished, np.stack(styles, axis=1))
+        os.replace(unfinished, cached)
     return np.load(cached)
 
 

@@ -72,9 +72,10 @@ class Scores:
         for kind in present:
             self.sums["counts"] += 1
             self.sums["count right"] += vlm.generate(scene.image, count_prompt(kind)) == str(scene.count(kind))
-            found = find_detections(vlm.generate(scene.image, detect_prompt(kind)))
+            answer = vlm.generate(scene.image, detect_prompt(kind))
+            found = [box for box in find_detections(answer) if box.label == KINDS[kind].name]
             boxes = [thing.box for thing in scene.objects if thing.kind == kind]
-            self.sums["boxes found"] += len(found)
+            self.sums["boxes said"] += answer.count(";") + bool(answer)  # broken ones and wrong names count as errors
             self.sums["boxes true"] += len(boxes)
             self.sums["boxes matched"] += count_matches(found, boxes)
         self.sums["absent counted 0"] += vlm.generate(scene.image, count_prompt(absent)) == "0"
@@ -88,7 +89,7 @@ class Scores:
             "caption kinds, intersection over union": sums["caption kinds"] / sums["scenes"],
             "count right, kind present": sums["count right"] / sums["counts"],
             "count right, kind absent": sums["absent counted 0"] / sums["scenes"],
-            "detect, F1 at IoU 0.5": 2 * sums["boxes matched"] / (sums["boxes found"] + sums["boxes true"]),
+            "detect, F1 at IoU 0.5": 2 * sums["boxes matched"] / (sums["boxes said"] + sums["boxes true"]),
             "detect says nothing of an absent kind": sums["absent not detected"] / sums["scenes"],
         }
 
@@ -100,17 +101,17 @@ def main() -> None:
     arguments = parser.parse_args()
     vlm, sprites = load(arguments.model), load_sprites(SPRITE_SIZE)
     rng = np.random.default_rng(SEED)
-    by_count = {count: Scores() for count in range(1, MAX_OBJECTS + 1)}
+    by_count: dict[int, Scores] = defaultdict(Scores)
     everything = Scores()
     for number in range(arguments.scenes):
-        count = number % MAX_OBJECTS + 1
-        scene = draw_scene(rng, sprites, SCENE_SIZE, choose_kinds(rng, count))
-        by_count[count].add(vlm, scene, rng)
+        scene = draw_scene(rng, sprites, SCENE_SIZE, choose_kinds(rng, number % MAX_OBJECTS + 1))
+        by_count[len(scene.objects)].add(vlm, scene, rng)
     for scores in by_count.values():
         for name, value in scores.sums.items():
             everything.sums[name] += value
 
-    columns = {**{f"{count} drawn": scores for count, scores in by_count.items()}, "all": everything}
+    columns = {f"{count} object{'s' * (count > 1)}": by_count[count] for count in sorted(by_count)}
+    columns["all"] = everything
     print("| | " + " | ".join(columns) + " |")
     print("| --- |" + " ---: |" * len(columns))
     for name in everything.figures():

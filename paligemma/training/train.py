@@ -1,7 +1,8 @@
 """Make the embedded checkpoint: `python -m paligemma.training.train --output FOLDER`.
 
-Two stages. First the eye alone learns to name crops of single objects, several times faster than the whole model would.
-Then all of it learns the tasks together, at first on one object a picture and on more as the loss falls.
+Three stages, the first two on pictures of a quarter of the size, which are learnt from several times faster. First the
+eye alone learns to name crops of single objects. Then the voice learns the tasks on what this eye sees of one object.
+Last, all of it learns together on pictures of full size, at first on one object each and on more as the loss falls.
 A run that was interrupted goes on from its last save when the same command is given again.
 """
 
@@ -31,8 +32,9 @@ from .scenes import MAX_OBJECTS
 from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, build_tokenizer
 
 SPRITE_SIZE = 128
-CROP_SIZE = 56
+SMALL_SIZE = 56  # pixels, where full size is 112
 CROPS_A_BATCH = 128
+SMALL_PICTURES_A_BATCH = 64
 PICTURES_A_BATCH = 24
 WARM_UP_STEPS = 200
 WEIGHT_DECAY = 0.05
@@ -71,11 +73,10 @@ def tiny_config(vocab_size: int, image_token_id: int) -> PaliGemmaConfig:
 
 
 def initialise(model: PaliGemma, loc_ids: list[int]) -> None:
-    """Draw the embeddings so that they have unit variance once scaled, and logits begin near zero."""
+    """Draw the token embedding so that it has unit variance once scaled, and logits begin near zero."""
     embedding = model.language_model.embed_tokens.weight
     width = embedding.shape[1]
     nn.init.normal_(embedding, std=width**-0.5)
-    nn.init.normal_(model.vision_tower.embeddings.position_embedding.weight, std=0.02)
     # Coordinates begin as smooth functions of where they are, so that what is learnt of one holds for its neighbours.
     coordinates = torch.linspace(0, 1, len(loc_ids))[:, None]
     frequencies, phases = torch.randn(width) * 2 * math.pi * 4, torch.rand(width) * 2 * math.pi
@@ -105,8 +106,9 @@ class Run:
     def __init__(self, name: str, module: nn.Module, folder: Path, steps: int, peak_learning_rate: float):
         self.name, self.module, self.steps, self.peak = name, module, steps, peak_learning_rate
         self.log_path, self.save_path = folder / f"{name}.csv", folder / f"{name}.pt"
-        decayed = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
-        others = [parameter for parameter in module.parameters() if parameter.ndim < 2]
+        learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        decayed = [parameter for parameter in learning if parameter.ndim >= 2]
+        others = [parameter for parameter in learning if parameter.ndim < 2]
         self.optimiser = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
             lr=peak_learning_rate,
@@ -178,6 +180,11 @@ class Run:
         self.module.load_state_dict(state["module"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.smooth_loss, self.notes = state["step"], state["smooth_loss"], state["notes"]
+        # What was logged after the save is about to be done, and logged, again.
+        if self.log_path.exists():
+            header, *rows = self.log_path.read_text().splitlines(keepends=True)
+            kept = [row for row in rows if int(row.partition(",")[0]) <= self.step]
+            self.log_path.write_text(header + "".join(kept))
 
 
 class EyeClassifier(nn.Module):
@@ -185,7 +192,7 @@ class EyeClassifier(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.vision_tower = SiglipVisionModel(replace(config, image_size=CROP_SIZE))
+        self.vision_tower = SiglipVisionModel(replace(config, image_size=SMALL_SIZE))
         nn.init.normal_(self.vision_tower.embeddings.position_embedding.weight, std=0.02)
         self.kinds = nn.Parameter(torch.randn(len(KINDS), config.hidden_size))
         self.scale = nn.Parameter(torch.tensor(10.0).log())
@@ -201,7 +208,7 @@ def train_eye(processor: Processor, folder: Path, steps: int) -> SiglipVisionMod
     run = Run("eye", classifier, folder, steps, peak_learning_rate=1e-3)
     if not run.finished:
         batches = in_background(
-            CropBatches(processor, load_sprites(SPRITE_SIZE), CROPS_A_BATCH, CROP_SIZE, seed=run.step)
+            CropBatches(processor, load_sprites(SPRITE_SIZE), CROPS_A_BATCH, SMALL_SIZE, seed=run.step)
         )
         while not run.finished:
             run.update(classifier.loss(*next(batches)))
@@ -216,21 +223,51 @@ def rows_loss(model: PaliGemma, rows: Rows) -> Tensor:
     return answer_loss(hidden_states, rows.labels, model.language_model.logits)
 
 
-def train_together(processor: Processor, eye: SiglipVisionModel, folder: Path, steps: int) -> PaliGemma:
-    """Stage two: every task, starting from the eye of stage one."""
-    model = PaliGemma(processor.config)
-    initialise(model, [processor.tokenizer.token_to_id(token) for token in LOC_TOKENS])
-    weights = eye.state_dict()
-    positions = "embeddings.position_embedding.weight"
-    weights[positions] = resize_positions(weights[positions], processor.config.vision.num_patches)
-    model.vision_tower.load_state_dict(weights)
+def at_image_size(config: PaliGemmaConfig, image_size: int) -> PaliGemmaConfig:
+    """The same model for pictures of another size."""
+    return replace(config, vision=replace(config.vision, image_size=image_size))
 
+
+def train_voice(processor: Processor, eye: SiglipVisionModel, folder: Path, steps: int) -> PaliGemma:
+    """Stage two: projector and voice learn the tasks on small pictures of one object; the eye stays as it is."""
+    small = Processor(at_image_size(processor.config, SMALL_SIZE), processor.tokenizer)
+    model = PaliGemma(small.config)
+    initialise(model, [processor.tokenizer.token_to_id(token) for token in LOC_TOKENS])
+    model.vision_tower.load_state_dict(eye.state_dict())
+    # While the voice is still random, its gradients would undo what the eye has learnt.
+    model.vision_tower.requires_grad_(False)
+    run = Run("voice", model, folder, steps, peak_learning_rate=1e-3)
+    if not run.finished:
+        one_object = torch.tensor(1)
+        batches = in_background(
+            SceneBatches(
+                small, load_sprites(SPRITE_SIZE), SMALL_PICTURES_A_BATCH, one_object, seed=1_000_000 + run.step
+            )
+        )
+        while not run.finished:
+            run.update(rows_loss(model, next(batches)))
+    return model
+
+
+def enlarge(model: PaliGemma, config: PaliGemmaConfig) -> PaliGemma:
+    """The model of `config`, for larger pictures, with all weights of `model`."""
+    weights = model.state_dict()
+    positions = "vision_tower.embeddings.position_embedding.weight"
+    weights[positions] = resize_positions(weights[positions], config.vision.num_patches)
+    larger = PaliGemma(config)
+    larger.load_state_dict(weights)
+    return larger
+
+
+def train_together(processor: Processor, model: PaliGemma, folder: Path, steps: int) -> PaliGemma:
+    """Stage three: everything, every task, on scenes that become fuller."""
+    model = enlarge(model, processor.config)
     run = Run("together", model, folder, steps, peak_learning_rate=1e-3)
     run.notes.setdefault("max_objects", 1)
     run.notes.setdefault("raised_at", 0)
     max_objects = torch.tensor(run.notes["max_objects"]).share_memory_()
     batches = in_background(
-        SceneBatches(processor, load_sprites(SPRITE_SIZE), PICTURES_A_BATCH, max_objects, seed=1_000_000 + run.step)
+        SceneBatches(processor, load_sprites(SPRITE_SIZE), PICTURES_A_BATCH, max_objects, seed=2_000_000 + run.step)
     )
     while not run.finished:
         run.update(rows_loss(model, next(batches)))
@@ -245,8 +282,9 @@ def train_together(processor: Processor, eye: SiglipVisionModel, folder: Path, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, its log and its saves")
-    parser.add_argument("--eye-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--eye-steps", type=int, default=1500)
+    parser.add_argument("--voice-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2800)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -255,7 +293,8 @@ def main() -> None:
     config = tiny_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN))
     processor = Processor(config, tokenizer)
     eye = train_eye(processor, arguments.output, arguments.eye_steps)
-    model = train_together(processor, eye, arguments.output, arguments.steps)
+    model = train_voice(processor, eye, arguments.output, arguments.voice_steps)
+    model = train_together(processor, model, arguments.output, arguments.steps)
     save_checkpoint(model, tokenizer, arguments.output, torch.bfloat16)
 
 

@@ -1,7 +1,7 @@
 """Speed and memory in the shapes of the official 3B checkpoint at 224 pixels, next to transformers (Linux, CPU).
 
 python tests/benchmarks/full_size.py --size small --rounds 1      # tiny shapes, half a minute, to see that it runs
-python tests/benchmarks/full_size.py                              # 6 GB on disk, 14 GB of memory
+python tests/benchmarks/full_size.py                              # 6 GB on disk, 18 GB of memory (transformers in float32)
 
 Where the CPU has no bfloat16 instructions a prefill in that dtype takes minutes: `--prefills 1` times fewer of them.
 
