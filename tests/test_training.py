@@ -12,7 +12,7 @@ from PIL import Image
 from paligemma.annotations import find_detections
 from paligemma.training import train
 from paligemma.training.artwork import KINDS
-from paligemma.training.batches import collate
+from paligemma.training.batches import PatchBatches, collate
 from paligemma.training.evaluate import count_matches, kinds_of
 from paligemma.training.losses import NO_LABEL
 from paligemma.training.scenes import Scene, SceneObject, choose_kinds, draw_crop, draw_scene
@@ -145,6 +145,24 @@ def test_labels_are_the_next_tokens_of_the_answer_only(tiny):
     assert rows.input_ids[0, rows.prefix_lengths[0] :].tolist()[: len(answer)] == answer
 
 
+def test_patches_are_named_after_what_lies_on_their_centres(tiny):
+    scene = scene_of(("cat", (0.0, 0.0, 0.25, 0.25)), ("dog", (0.5, 0.75, 1.0, 1.0)))
+    kinds = PatchBatches(tiny.processor, None, 1, seed=0).kinds_of_patches(scene).view(8, 8)
+    assert (kinds[:2, :2] == index("cat")).all()
+    assert (kinds[4:, 6:] == index("dog")).all()
+    assert (kinds == len(KINDS)).sum() == 64 - 4 - 8
+
+
+def test_the_eye_learns_slowly_where_it_is_told_to(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WARM_UP_STEPS", 1)
+    module = torch.nn.ModuleDict({"eye": torch.nn.Linear(4, 4), "voice": torch.nn.Linear(4, 4)})
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    run = train.Run("slow", module, tmp_path, steps=100, eye=module["eye"])
+    run.update(module["voice"](module["eye"](torch.ones(1, 4))).square().sum())
+    moved = {name: (weight - before[name]).abs().max().item() for name, weight in module.state_dict().items()}
+    assert 0 < moved["eye.bias"] == pytest.approx(train.EYE_SLOWNESS * moved["voice.bias"], rel=1e-2)
+
+
 def test_positions_interpolate_from_grid_to_grid():
     grid = torch.linspace(0, 1, 4)
     positions = torch.stack([grid.repeat_interleave(4), grid.repeat(4)], dim=1)  # row and column of 16 patches
@@ -179,12 +197,14 @@ def test_training_learns_logs_and_resumes(tiny, sprites, tmp_path, monkeypatch):
     assert steps == [5, 10, 15, 20, 25, 30]
 
     monkeypatch.setattr(train, "SMALL_PICTURES_A_BATCH", 2)
-    small = train.train_voice(tiny.processor, eye, tmp_path, steps=5)
-    seen = small.vision_tower.state_dict()
-    assert all(torch.equal(weight, seen[name]) for name, weight in eye.state_dict().items()), "the eye stays as it is"
+    small = train.train_voice(tiny.processor, eye.vision_tower, tmp_path, steps=5)
+    kept, seen = eye.vision_tower.state_dict(), small.vision_tower.state_dict()
+    assert all(torch.equal(weight, seen[name]) for name, weight in kept.items()), "the eye stays as it is"
 
+    monkeypatch.setattr(train, "SCENES_A_BATCH", 2)
+    full_eye = train.train_patches(tiny.processor, eye, tmp_path, steps=5)
     monkeypatch.setattr(train, "PICTURES_A_BATCH", 2)
-    model = train.train_together(tiny.processor, small, tmp_path, steps=5)
+    model = train.train_together(tiny.processor, full_eye, small, tmp_path, steps=5)
     assert model.config == tiny.config
     assert (tmp_path / "together.pt").exists()
     assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..processor import Processor
+from .artwork import KINDS
 from .losses import NO_LABEL
-from .scenes import choose_kinds, draw_crop, draw_scene
+from .scenes import MAX_OBJECTS, Scene, choose_kinds, draw_crop, draw_scene
 from .tasks import prompts_and_answers
 
 
@@ -83,6 +84,36 @@ class CropBatches(IterableDataset):
             crops = [draw_crop(rng, self.sprites, self.size) for _ in range(self.pictures)]
             pixel_values = torch.cat([self.processor.normalise(image) for image, _ in crops])
             yield pixel_values, torch.tensor([kind for _, kind in crops])
+
+
+class PatchBatches(IterableDataset):
+    """Endless pairs of pixel values, float32 [P, 3, H, W], of scenes, and what each patch shows, int64 [P, patches].
+
+    What it shows is the kind of the object whose box holds its centre, or `len(KINDS)` where there is none.
+    """
+
+    def __init__(self, processor: Processor, sprites: np.ndarray, pictures: int, seed: int):
+        self.processor, self.sprites, self.pictures, self.seed = processor, sprites, pictures, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng(self.seed)
+        size = self.processor.config.vision.image_size
+        while True:
+            counts = rng.integers(1, MAX_OBJECTS + 1, self.pictures)
+            scenes = [draw_scene(rng, self.sprites, size, choose_kinds(rng, count)) for count in counts]
+            pixel_values = torch.cat([self.processor.normalise(scene.image) for scene in scenes])
+            yield pixel_values, torch.stack([self.kinds_of_patches(scene) for scene in scenes])
+
+    def kinds_of_patches(self, scene: Scene) -> Tensor:
+        vision = self.processor.config.vision
+        side = vision.image_size // vision.patch_size
+        centres = (torch.arange(side) + 0.5) / side
+        kinds = torch.full((side, side), len(KINDS))
+        for thing in scene.objects:
+            y_min, x_min, y_max, x_max = thing.box
+            rows, columns = (centres > y_min) & (centres < y_max), (centres > x_min) & (centres < x_max)
+            kinds[rows[:, None] & columns] = thing.kind
+        return kinds.flatten()
 
 
 def in_background(batches: IterableDataset) -> Iterator:

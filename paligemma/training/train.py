@@ -1,8 +1,9 @@
 """Make the embedded checkpoint: `python -m paligemma.training.train --output FOLDER`.
 
-Three stages, the first two on pictures of a quarter of the size, which are learnt from several times faster. First the
+Four stages, the first two on pictures of a quarter of the size, which are learnt from several times faster. First the
 eye alone learns to name crops of single objects. Then the voice learns the tasks on what this eye sees of one object.
-Last, all of it learns together on pictures of full size, at first on one object each and on more as the loss falls.
+The eye goes on to pictures of full size and learns to say what is under each patch. Last, all of it learns together, at
+first on one object a picture and on more as the loss falls; the eye, which knows its part by then, changes slowly.
 A run that was interrupted goes on from its last save when the same command is given again.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import os
 import time
@@ -26,7 +28,7 @@ from ..model import PaliGemma
 from ..processor import Processor
 from ..siglip import SiglipVisionModel
 from .artwork import KINDS, load_sprites
-from .batches import CropBatches, Rows, SceneBatches, in_background
+from .batches import CropBatches, PatchBatches, Rows, SceneBatches, in_background
 from .losses import answer_loss, cosine_classification_loss
 from .scenes import MAX_OBJECTS
 from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, build_tokenizer
@@ -35,15 +37,18 @@ SPRITE_SIZE = 128
 SMALL_SIZE = 56  # pixels, where full size is 112
 CROPS_A_BATCH = 128
 SMALL_PICTURES_A_BATCH = 64
+SCENES_A_BATCH = 64
 PICTURES_A_BATCH = 24
-WARM_UP_STEPS = 200
+PEAK_LEARNING_RATE = 1e-3
+EYE_SLOWNESS = 0.1  # in the last stage the eye learns at this part of the rate
+WARM_UP_STEPS = 100
 WEIGHT_DECAY = 0.05
 MAX_GRADIENT_NORM = 1.0
 SAVE_EVERY = 250
 LOG_EVERY = 25
 # One object more is allowed once the smoothed loss is below this many nats a token: the kinds are known by then, and
 # coordinates, the larger part of it, go on improving for long.
-LOSS_TO_ADD_AN_OBJECT = 1.8
+LOSS_TO_ADD_AN_OBJECT = 1.5
 LOSS_SMOOTHING = 0.98
 
 
@@ -103,18 +108,23 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 class Run:
     """One stage's module and optimiser, with its step count, log and saves in a folder."""
 
-    def __init__(self, name: str, module: nn.Module, folder: Path, steps: int, peak_learning_rate: float):
-        self.name, self.module, self.steps, self.peak = name, module, steps, peak_learning_rate
+    def __init__(self, name: str, module: nn.Module, folder: Path, steps: int, eye: nn.Module | None = None):
+        """`eye` is the part of `module` that learns at `EYE_SLOWNESS`, if any."""
+        self.name, self.module, self.steps = name, module, steps
         self.log_path, self.save_path = folder / f"{name}.csv", folder / f"{name}.pt"
-        learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        decayed = [parameter for parameter in learning if parameter.ndim >= 2]
-        others = [parameter for parameter in learning if parameter.ndim < 2]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
-            lr=peak_learning_rate,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
+        slow = set(eye.parameters()) if eye is not None else set()
+        groups = []
+        for factor, matrices in itertools.product((1.0, EYE_SLOWNESS), (True, False)):
+            members = [
+                parameter
+                for parameter in module.parameters()
+                if parameter.requires_grad
+                and (parameter.ndim >= 2) == matrices
+                and (parameter in slow) == (factor == EYE_SLOWNESS)
+            ]
+            if members:
+                groups.append({"params": members, "weight_decay": WEIGHT_DECAY * matrices, "factor": factor})
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         self.step = 0
         self.smooth_loss = math.nan
         self.notes: dict[str, int] = {}
@@ -128,9 +138,9 @@ class Run:
 
     def update(self, loss: Tensor) -> None:
         """One step of the optimiser on `loss`; logs and saves when it is time."""
-        rate = learning_rate(self.step, self.steps, self.peak)
+        rate = learning_rate(self.step, self.steps, PEAK_LEARNING_RATE)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), MAX_GRADIENT_NORM)
@@ -202,17 +212,17 @@ class EyeClassifier(nn.Module):
         return cosine_classification_loss(features, self.kinds, self.scale, kinds)
 
 
-def train_eye(processor: Processor, folder: Path, steps: int) -> SiglipVisionModel:
+def train_eye(processor: Processor, folder: Path, steps: int) -> EyeClassifier:
     """Stage one: name crops of single objects."""
     classifier = EyeClassifier(processor.config.vision)
-    run = Run("eye", classifier, folder, steps, peak_learning_rate=1e-3)
+    run = Run("eye", classifier, folder, steps)
     if not run.finished:
         batches = in_background(
             CropBatches(processor, load_sprites(SPRITE_SIZE), CROPS_A_BATCH, SMALL_SIZE, seed=run.step)
         )
         while not run.finished:
             run.update(classifier.loss(*next(batches)))
-    return classifier.vision_tower
+    return classifier
 
 
 def rows_loss(model: PaliGemma, rows: Rows) -> Tensor:
@@ -236,7 +246,7 @@ def train_voice(processor: Processor, eye: SiglipVisionModel, folder: Path, step
     model.vision_tower.load_state_dict(eye.state_dict())
     # While the voice is still random, its gradients would undo what the eye has learnt.
     model.vision_tower.requires_grad_(False)
-    run = Run("voice", model, folder, steps, peak_learning_rate=1e-3)
+    run = Run("voice", model, folder, steps)
     if not run.finished:
         one_object = torch.tensor(1)
         batches = in_background(
@@ -249,25 +259,51 @@ def train_voice(processor: Processor, eye: SiglipVisionModel, folder: Path, step
     return model
 
 
-def enlarge(model: PaliGemma, config: PaliGemmaConfig) -> PaliGemma:
-    """The model of `config`, for larger pictures, with all weights of `model`."""
-    weights = model.state_dict()
-    positions = "vision_tower.embeddings.position_embedding.weight"
-    weights[positions] = resize_positions(weights[positions], config.vision.num_patches)
-    larger = PaliGemma(config)
-    larger.load_state_dict(weights)
-    return larger
+class PatchClassifier(nn.Module):
+    """The eye at full size, and the vectors of the kinds and of the background to compare each patch with."""
+
+    def __init__(self, config: VisionConfig, small: EyeClassifier):
+        super().__init__()
+        weights = small.vision_tower.state_dict()
+        positions = "embeddings.position_embedding.weight"
+        weights[positions] = resize_positions(weights[positions], config.num_patches)
+        self.vision_tower = SiglipVisionModel(config)
+        self.vision_tower.load_state_dict(weights)
+        self.kinds = nn.Parameter(torch.cat([small.kinds.detach(), torch.randn(1, config.hidden_size)]))
+        self.scale = nn.Parameter(small.scale.detach().clone())
+
+    def loss(self, pixel_values: Tensor, kinds: Tensor) -> Tensor:
+        features = self.vision_tower(pixel_values).flatten(0, 1)
+        return cosine_classification_loss(features, self.kinds, self.scale, kinds.flatten())
 
 
-def train_together(processor: Processor, model: PaliGemma, folder: Path, steps: int) -> PaliGemma:
-    """Stage three: everything, every task, on scenes that become fuller."""
-    model = enlarge(model, processor.config)
-    run = Run("together", model, folder, steps, peak_learning_rate=1e-3)
+def train_patches(processor: Processor, eye: EyeClassifier, folder: Path, steps: int) -> SiglipVisionModel:
+    """Stage three: say what is under each patch of a scene."""
+    classifier = PatchClassifier(processor.config.vision, eye)
+    run = Run("patches", classifier, folder, steps)
+    if not run.finished:
+        batches = in_background(
+            PatchBatches(processor, load_sprites(SPRITE_SIZE), SCENES_A_BATCH, seed=2_000_000 + run.step)
+        )
+        while not run.finished:
+            run.update(classifier.loss(*next(batches)))
+    return classifier.vision_tower
+
+
+def train_together(
+    processor: Processor, eye: SiglipVisionModel, small: PaliGemma, folder: Path, steps: int
+) -> PaliGemma:
+    """Stage four: everything, every task, on scenes that become fuller."""
+    model = PaliGemma(processor.config)
+    model.vision_tower.load_state_dict(eye.state_dict())
+    model.multi_modal_projector.load_state_dict(small.multi_modal_projector.state_dict())
+    model.language_model.load_state_dict(small.language_model.state_dict())
+    run = Run("together", model, folder, steps, eye=model.vision_tower)
     run.notes.setdefault("max_objects", 1)
     run.notes.setdefault("raised_at", 0)
     max_objects = torch.tensor(run.notes["max_objects"]).share_memory_()
     batches = in_background(
-        SceneBatches(processor, load_sprites(SPRITE_SIZE), PICTURES_A_BATCH, max_objects, seed=2_000_000 + run.step)
+        SceneBatches(processor, load_sprites(SPRITE_SIZE), PICTURES_A_BATCH, max_objects, seed=3_000_000 + run.step)
     )
     while not run.finished:
         run.update(rows_loss(model, next(batches)))
@@ -283,8 +319,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, its log and its saves")
     parser.add_argument("--eye-steps", type=int, default=1500)
-    parser.add_argument("--voice-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--voice-steps", type=int, default=750)
+    parser.add_argument("--patch-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1100)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -293,8 +330,9 @@ def main() -> None:
     config = tiny_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN))
     processor = Processor(config, tokenizer)
     eye = train_eye(processor, arguments.output, arguments.eye_steps)
-    model = train_voice(processor, eye, arguments.output, arguments.voice_steps)
-    model = train_together(processor, model, arguments.output, arguments.steps)
+    small = train_voice(processor, eye.vision_tower, arguments.output, arguments.voice_steps)
+    full_eye = train_patches(processor, eye, arguments.output, arguments.patch_steps)
+    model = train_together(processor, full_eye, small, arguments.output, arguments.steps)
     save_checkpoint(model, tokenizer, arguments.output, torch.bfloat16)
 
 
