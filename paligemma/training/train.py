@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--eye-steps", type=int, default=1500)
     parser.add_argument("--voice-steps", type=int, default=750)
     parser.add_argument("--patch-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=1200)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
