@@ -13,12 +13,13 @@ from .scenes import draw_scene
 FOLDER = Path(__file__).parent.parent / "examples"
 SIZE = 448
 SPRITE_SIZE = 320
-# File name, what is on it, and a seed that was picked because the picture looks good.
+# File name, what is on it, and a seed: one of a few whose picture looks good and is answered rightly, so that they show
+# what the page does; how often the checkpoint is right, its card says.
 EXAMPLES = [
-    ("cats", ["cat", "cat", "apple"], 3),
-    ("picnic", ["apple", "banana", "apple"], 5),
-    ("traffic", ["car", "car", "bus", "car"], 1),
-    ("music", ["guitar", "drum"], 2),
+    ("cats", ["cat", "cat"], 36),
+    ("picnic", ["apple", "banana", "apple"], 4),
+    ("traffic", ["car", "car", "car"], 21),
+    ("music", ["guitar", "drum"], 33),
 ]
 
 
