@@ -100,7 +100,7 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
             with gr.Column():
                 answer = gr.Textbox(label="Answer", lines=4, buttons=["copy"], elem_id="answer")
                 speed = gr.Markdown(elem_id="speed")
-                boxes = gr.AnnotatedImage(label="Where it is", visible=False, elem_id="boxes")
+                boxes = gr.AnnotatedImage(label="Where it is", visible=False, height=320, elem_id="boxes")
         gr.Examples(
             [[str(EXAMPLES_FOLDER / name), text] for name, text in EXAMPLES], [image, prompt], label="Try one of these"
         )
