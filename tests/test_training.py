@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from paligemma.annotations import find_detections
-from paligemma.training import train
+from paligemma.training import scenes, train
 from paligemma.training.artwork import KINDS
 from paligemma.training.batches import PatchBatches, collate
 from paligemma.training.evaluate import count_matches, kinds_of
@@ -25,7 +26,7 @@ def sprites():
     """Stand-ins for the artwork, which would have to be fetched: an opaque disc in a colour of its own for each kind."""
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
     disc = (x**2 + y**2 <= 1)[..., None]
-    colours = np.random.default_rng(0).integers(0, 256, (len(KINDS), 1, 1, 1, 3))
+    colours = np.random.default_rng(0).integers(80, 256, (len(KINDS), 1, 1, 1, 3))
     pixels = np.concatenate(
         [
             np.broadcast_to(colours, (len(KINDS), 1, 32, 32, 3)) * disc,
@@ -44,23 +45,16 @@ def scene_of(*things):
     return Scene(Image.new("RGB", (112, 112)), tuple(SceneObject(index(name), box) for name, box in things))
 
 
-def test_boxes_enclose_what_was_drawn(sprites):
+def test_boxes_enclose_what_was_drawn(sprites, monkeypatch):
+    monkeypatch.setattr(scenes, "_background", lambda rng, size: Image.new("RGB", (size, size)))
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        kind = int(rng.integers(len(KINDS)))
-        drawn = draw_scene(rng, sprites, 200, [kind])
+        drawn = draw_scene(rng, sprites, 200, choose_kinds(rng, 1))
         (thing,) = drawn.objects
-        y_min, x_min, y_max, x_max = (round(side * 200) for side in thing.box)
-        colour = sprites[kind, 0, 16, 16, :3].astype(int)
-        near = np.abs(np.asarray(drawn.image).astype(int) - colour).sum(-1) < 60
-        background = np.asarray(drawn.image)[0 if y_min > 2 else -1, 0 if x_min > 2 else -1].astype(int)
-        if np.abs(background - colour).sum() < 150:
-            continue  # an object like its background cannot be told from it
-        rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
-        assert rows[0] == pytest.approx(y_min, abs=5)
-        assert rows[-1] == pytest.approx(y_max, abs=5)
-        assert columns[0] == pytest.approx(x_min, abs=5)
-        assert columns[-1] == pytest.approx(x_max, abs=5)
+        visible = np.asarray(drawn.image).sum(-1) > 60
+        rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+        edges = [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]
+        assert edges == pytest.approx([side * 200 for side in thing.box], abs=2)
 
 
 def test_the_same_seed_draws_the_same_scene(sprites):
@@ -174,7 +168,7 @@ def test_positions_interpolate_from_grid_to_grid():
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
     rates = [train.learning_rate(step, 1000, 1e-3) for step in range(1001)]
-    assert rates[0] < 1e-5
+    assert rates[0] <= 1e-3 / 50
     assert max(rates) == pytest.approx(1e-3)
     assert rates.index(max(rates)) in (train.WARM_UP_STEPS - 1, train.WARM_UP_STEPS)
     assert rates[-1] == pytest.approx(0, abs=1e-9)
@@ -184,17 +178,20 @@ def test_training_learns_logs_and_resumes(tiny, sprites, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_sprites", lambda size: sprites)
     monkeypatch.setattr(train, "CROPS_A_BATCH", 16)
     monkeypatch.setattr(train, "WARM_UP_STEPS", 5)
-    monkeypatch.setattr(train, "LOG_EVERY", 5)
-    monkeypatch.setattr(train, "SAVE_EVERY", 10)
+    monkeypatch.setattr(train, "LOG_EVERY", 20)
+    monkeypatch.setattr(train, "SAVE_EVERY", 20)
+    monkeypatch.setattr(train, "LOSS_SMOOTHING", 0.8)
     torch.manual_seed(0)
-    train.train_eye(tiny.processor, tmp_path, steps=20)
+    train.train_eye(tiny.processor, tmp_path, steps=100)
     losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "eye.csv").open())]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
+    assert len(losses) == 5
+    assert losses[-1] < min(losses[0], math.log(len(KINDS))) - 0.1, "no better than guessing"
 
-    eye = train.train_eye(tiny.processor, tmp_path, steps=30)  # goes on where it stopped
+    with (tmp_path / "eye.csv").open("a") as log:
+        log.write("119,9.9,0,0\n")  # an interruption came after this step was logged, and before it was saved
+    eye = train.train_eye(tiny.processor, tmp_path, steps=140)  # goes on where it stopped
     steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "eye.csv").open())]
-    assert steps == [5, 10, 15, 20, 25, 30]
+    assert steps == [20, 40, 60, 80, 100, 120, 140]
 
     monkeypatch.setattr(train, "SMALL_PICTURES_A_BATCH", 2)
     small = train.train_voice(tiny.processor, eye.vision_tower, tmp_path, steps=5)
