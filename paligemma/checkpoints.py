@@ -69,7 +69,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise PaliGemmaError(f"The device {device} cannot be used here ({reason}); please choose cpu.") from error
     return device
