@@ -66,7 +66,8 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
             picture = _open_picture(image)
             tokens = vlm.stream(picture, prompt, max_new_tokens, temperature, top_k, top_p, seed)
             _check_limits(vlm, prompt, max_new_tokens)
-            yield text, "Looking at the picture …", gr.skip()
+            # The boxes of the answer before go, also if this one is stopped.
+            yield text, "Looking at the picture …", gr.update(value=None, visible=False)
             for token in tokens:
                 times.append(time.perf_counter() - start)
                 text += token.text
