@@ -1,10 +1,18 @@
-"""Where weights come from: the embedded checkpoint, a folder, the Hub."""
+"""Where weights come from: the embedded checkpoint, a folder, the Hub; and what this machine runs them best in."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
+import re
+import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,13 +26,24 @@ from .config import PaliGemmaConfig, PaliGemmaError
 from .generation import VisionLanguageModel, explained_lack_of_memory
 from .model import PaliGemma
 from .processor import Processor
+from .quantization import Int8Embedding, Int8Linear, pack, quantize
+from .quantization import is_available as int8_is_available
 
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny"
 INDEX_FILE = "model.safetensors.index.json"
 HUB_FILES = ["config.json", "tokenizer.json", INDEX_FILE, "model.safetensors", "model-*-of-*.safetensors"]
 # How safetensors names what torch calls otherwise.
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+# From this many parameters on, reading them is what a CPU spends its time with.
+LARGE = 500_000_000
+# Part of the names of int8 files: a new number makes them anew.
+INT8_FORMAT = 1
+SHARD_BYTES = 256 * 2**20
+SCALE_SUFFIX = ".scale"
+# From malloc.h: pieces of more bytes are given back when freed; the end of the heap is, when more bytes of it are free.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+KEPT_BYTES = 2**30
 
 EMBEDDING = "language_model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
@@ -32,11 +51,21 @@ OUTPUT = "lm_head.weight"
 COMPUTED_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")
 
 
+# Told what is being done, and how much of it, 0 to 1, or None if that is not known.
+Progress = Callable[[str, float | None], None]
+
+
+def no_progress(doing: str, fraction: float | None) -> None:
+    """What `load` reports to unless told otherwise."""
+
+
 def load(
     source: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
+    compile: bool = False,
+    progress: Progress = no_progress,
 ) -> VisionLanguageModel:
     """Load a checkpoint and all that it takes to use it.
 
@@ -44,22 +73,39 @@ def load(
         source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
             revision may follow: `google/paligemma-3b-mix-224@bfloat16`.
         device: where to run; None takes a GPU if there is one.
-        dtype: `float32`, `bfloat16` or `float16`; None takes bfloat16 on CUDA and float32 elsewhere.
+        dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only) or `auto`, see `choose_dtype`. Weights in int8 are
+            kept next to the Hub's cache, so that they are made once.
         revision: branch, tag or commit on the Hub.
+        compile: compile the step that makes a token (CUDA), see `VisionLanguageModel.compile`.
+        progress: called as the work goes on, from this thread or another, see `Progress`.
 
     Raises:
         PaliGemmaError: the checkpoint cannot be found, reached, read or run; the sentence says what to do.
     """
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
-    folder = find_folder(source, revision)
+    if dtype != "auto":
+        dtype = check_dtype(dtype, device)
+    if compile and device.type != "cuda":
+        raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
+    folder = find_folder(source, revision, progress)
     config = PaliGemmaConfig.from_file(folder / "config.json")
     processor = Processor.from_file(config, folder / "tokenizer.json")
     with torch.device("meta"), WithoutInitialisation():
         model = PaliGemma(config)
+    if dtype == "auto":
+        dtype = choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
+    if device.type == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+        keep_freed_memory()
     with explained_lack_of_memory(device):
-        load_weights(model, weight_files(folder), dtype, device)
-    return VisionLanguageModel(model, processor)
+        if dtype == torch.int8:
+            load_int8_weights(model, weight_files(folder), progress)
+        else:
+            load_weights(model, weight_files(folder), dtype, device, progress)
+    vlm = VisionLanguageModel(model, processor)
+    if compile:
+        vlm.compile()
+    return vlm
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -75,17 +121,106 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype that was asked for; bfloat16 on CUDA and float32 elsewhere if none was."""
-    if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of this name, if the device can run it."""
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in DTYPES.values():
-        raise PaliGemmaError(f"The dtype {dtype} is not known; please choose one of {', '.join(DTYPES)}.")
+        raise PaliGemmaError(f"The dtype {dtype} is not known; please choose auto or one of {', '.join(DTYPES)}.")
+    if dtype == torch.int8 and device.type != "cpu":
+        raise PaliGemmaError(f"int8 runs on CPUs, not on {device}; please choose bfloat16.")
+    if dtype == torch.int8 and not int8_is_available():
+        raise PaliGemmaError("int8 needs an x86 CPU; please choose bfloat16.")
     return dtype
 
 
-def find_folder(source: str | os.PathLike | None, revision: str | None = None) -> Path:
+def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    """What `auto` stands for: bfloat16 on a GPU; on a CPU float32 for small checkpoints and int8 for large ones.
+
+    Where a CPU has instructions for bfloat16, large checkpoints run in that of the two which is measured to be faster.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    if parameters < LARGE:
+        return torch.float32
+    if not int8_is_available():
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    if (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")) and not int8_is_faster():
+        return torch.bfloat16
+    return torch.int8
+
+
+@torch.inference_mode()
+def int8_is_faster() -> bool:
+    """Whether int8 beats bfloat16 here, over the reading of a picture and an answer of a few words."""
+    weight = torch.randn(8192, 2048)
+    layers = (Int8Linear(pack(*quantize(weight))), torch.nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16))
+    seconds = []
+    for layer, dtype in zip(layers, (torch.float32, torch.bfloat16), strict=True):
+        prompt = torch.randn(260, 2048).to(dtype)
+        layer(prompt)
+        start = time.perf_counter()
+        layer(prompt)
+        for _ in range(16):
+            layer(prompt[:1])
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] < seconds[1]
+
+
+def available_cores(root: Path = Path("/")) -> int:
+    """How many cores the process may keep busy: those it may run on, or fewer if its container has a quota.
+
+    torch sees the cores of the host; more threads than a quota allows wait for each other.
+
+    Args:
+        root: where `sys` and `proc` are.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mount = root / "sys/fs/cgroup"
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return cores
+    for _, controllers, group in groups:
+        base = mount if not controllers else mount / "cpu" if "cpu" in controllers.split(",") else None
+        if base is None:
+            continue
+        own = base / group.lstrip("/")
+        # A limit on any group above holds as well. Inside a container the path may be the host's: then only base is here.
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(base):
+                quota, period = _cpu_quota(folder)
+                if quota > 0 < period:
+                    cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def _cpu_quota(group: Path) -> tuple[int, int]:
+    """Microseconds of CPU time in so many microseconds, from the files of version 2 or 1 of cgroups; (0, 0): no limit."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
+            return int(quota), int(period)
+        except (OSError, ValueError):  # ValueError: the quota is "max"
+            continue
+    return 0, 0
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones, where it is the C library.
+
+    It would give large pieces back to the kernel and fetch them anew, page by page, for each layer's activations: an
+    eighth of the time of a prefill (measured in the 3B shapes, in int8).
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def find_folder(
+    source: str | os.PathLike | None, revision: str | None = None, progress: Progress = no_progress
+) -> Path:
     """The folder that holds a checkpoint's files, fetched from the Hub if need be."""
     if source is None:
         return EMBEDDED_FOLDER
@@ -96,16 +231,32 @@ def find_folder(source: str | os.PathLike | None, revision: str | None = None) -
     repository, _, revision_in_source = source.partition("@")
     if folder.is_absolute() or source.startswith((".", "~")) or repository.count("/") != 1:
         raise PaliGemmaError(f"There is no folder {source}; please give a folder or a Hub id such as owner/name.")
-    return download(repository, revision or revision_in_source or None)
+    return download(repository, revision or revision_in_source or None, progress)
 
 
-def download(repository: str, revision: str | None) -> Path:
+def download(repository: str, revision: str | None, progress: Progress) -> Path:
     """Fetch what a checkpoint needs from the Hub, with progress bars, unless it is in the cache already."""
     from huggingface_hub import errors, get_token, snapshot_download
+    from huggingface_hub.utils import tqdm
 
+    class ReportingBar(tqdm):
+        """The Hub's own bar; the one that counts bytes reports as well."""
+
+        def __init__(self, *args: object, **kwargs: object):
+            super().__init__(*args, **kwargs)
+            # A bar that is not shown counts nothing, and knows no unit.
+            self.counts_bytes, self.done = kwargs.get("unit") == "B", kwargs.get("initial") or 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.done += n or 0
+            if self.counts_bytes and self.total:
+                progress(f"Downloading {repository}", min(self.done / self.total, 1.0))
+            return super().update(n)
+
+    progress(f"Downloading {repository}", None)
     page = f"https://huggingface.co/{repository}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, tqdm_class=ReportingBar))
     except errors.GatedRepoError as error:
         if get_token() is None:
             advice = f"accept its licence at {page} and set HF_TOKEN to a token of your account"
@@ -165,49 +316,171 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def load_weights(model: PaliGemma, files: list[Path], dtype: torch.dtype, device: torch.device) -> None:
-    """Put the tensors of `files` into `model`, which was built on `meta`.
-
-    On a CPU, tensors that already have the right dtype stay where they are: they are views of the mapped file. Others
-    are cast or moved one by one, each through a mapping of its own, so that what has been read does not stay resident.
+def find_tensors(model: PaliGemma, files: list[Path]) -> dict[str, tuple[Path, str]]:
+    """The file and the key there of every parameter of `model`, which was built on `meta`; no tensor is read.
 
     Raises:
         PaliGemmaError: a tensor is missing, unexpected or of another shape, or a file is damaged.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected[OUTPUT] = expected[EMBEDDING]
-    loaded: dict[str, Tensor] = {}
+    found: dict[str, tuple[Path, str]] = {}
     for file in files:
         with _open(file) as mapped:
             for key in mapped.keys():
-                name, stored = canonical_name(key), mapped.get_slice(key)
-                shape = tuple(stored.get_shape())
+                name = canonical_name(key)
                 if name.endswith(COMPUTED_SUFFIXES):
                     continue
                 if name not in expected:
                     raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
+                shape = tuple(mapped.get_slice(key).get_shape())
                 if shape != expected[name]:
                     raise PaliGemmaError(f"{file}: {key} has the shape {list(shape)}, expected {list(expected[name])}.")
-                if device.type == "cpu" and stored.get_dtype() == STORED_DTYPES[dtype]:
-                    loaded[name] = mapped.get_tensor(key)
-                else:
-                    with _open(file) as passing:
-                        loaded[name] = passing.get_tensor(key).to(device=device, dtype=dtype)
+                found[name] = file, key
 
     # The output layer is the embedding again; files may hold it under either name, or under both.
-    output = loaded.pop(OUTPUT, None)
-    if output is not None and not torch.equal(loaded.setdefault(EMBEDDING, output), output):
+    output = found.pop(OUTPUT, None)
+    if output is not None and not torch.equal(_read(*found.setdefault(EMBEDDING, output)), _read(*output)):
         raise PaliGemmaError(f"{files[0].parent}: {OUTPUT} differs from {EMBEDDING}, expected them to be tied.")
-    missing = [name for name in expected if name not in loaded and name != OUTPUT]
+    missing = [name for name in expected if name not in found and name != OUTPUT]
     if missing:
         raise PaliGemmaError(
             f"{files[0].parent} lacks {len(missing)} tensors, the first is {official_name(missing[0])} of shape "
             f"{list(expected[missing[0]])}; please fetch the checkpoint again."
         )
-    for name, tensor in loaded.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    return found
+
+
+def load_weights(
+    model: PaliGemma,
+    files: list[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = no_progress,
+) -> None:
+    """Put the tensors of `files` into `model`, which was built on `meta`.
+
+    On a CPU, tensors that already have the right dtype stay where they are: they are views of the mapped file. Others
+    are cast or moved one by one, each through a mapping of its own, so that what has been read does not stay resident.
+
+    Raises:
+        PaliGemmaError: as `find_tensors`.
+    """
+    found = find_tensors(model, files)
+    mapped = {file: _open(file) for file in files}
+    for number, (name, (file, key)) in enumerate(found.items()):
+        progress("Reading the weights", number / len(found))
+        if device.type == "cpu" and mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
+            tensor = mapped[file].get_tensor(key)
+        else:
+            tensor = _read(file, key).to(device=device, dtype=dtype)
+        _set(model, name, nn.Parameter(tensor, requires_grad=False))
     model.language_model.rotary.to(device)
+
+
+def load_int8_weights(model: PaliGemma, files: list[Path], progress: Progress = no_progress) -> None:
+    """Put the tensors of `files` into `model`, which was built on `meta`, with int8 layers in place of linear ones.
+
+    The int8 weights of a checkpoint are made once, in a folder of their own.
+
+    Raises:
+        PaliGemmaError: as `find_tensors`, or there is no room for them on the disk.
+    """
+    folder = int8_folder(files)
+    try:
+        found = _file_of_each_key(folder)
+    except (OSError, PaliGemmaError):  # not there yet, or damaged
+        shutil.rmtree(folder, ignore_errors=True)
+        write_int8_weights(model, files, folder, progress)
+        found = _file_of_each_key(folder)
+
+    def put(name: str) -> None:
+        owner = name.removesuffix(".weight")
+        if owner + SCALE_SUFFIX not in found:
+            if name.removesuffix(".bias") + SCALE_SUFFIX not in found:  # other biases go with their weights
+                _set(model, name, nn.Parameter(_read(found[name], name), requires_grad=False))
+            return
+        scale = _read(found[owner + SCALE_SUFFIX], owner + SCALE_SUFFIX)
+        bias = _read(found[f"{owner}.bias"], f"{owner}.bias") if f"{owner}.bias" in found else None
+        layer = Int8Linear(pack(_read(found[name], name), scale), bias)
+        # Read anew: of this mapping only the rows of the tokens in use become resident, of the other all have.
+        _set(model, owner, Int8Embedding(_read(found[name], name), scale, layer) if name == EMBEDDING else layer)
+
+    names = [name for name in found if not name.endswith(SCALE_SUFFIX)]
+    # The largest first, while there is room for both forms of it. Packing one keeps one core busy.
+    names.sort(key=lambda name: name != EMBEDDING)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for number, _ in enumerate(threads.map(put, names)):
+            progress("Packing the int8 weights", number / len(names))
+
+
+def int8_folder(files: list[Path]) -> Path:
+    """Where the int8 weights of the checkpoint in `files` belong: next to the Hub's cache, and new when a file changes."""
+    from huggingface_hub import constants
+
+    files = [file.resolve() for file in files]  # in the Hub's cache the name of the file itself tells its content
+    state = [INT8_FORMAT, *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", str(files[0].parent)).strip("-")[-80:]
+    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return Path(constants.HF_HUB_CACHE).parent / "paligemma-int8" / f"{name}-{digest}"
+
+
+def write_int8_weights(model: PaliGemma, files: list[Path], folder: Path, progress: Progress = no_progress) -> None:
+    """Quantise the checkpoint in `files` into `folder`, tensor by tensor: memory holds little of it at any time.
+
+    The weights of linear layers and the embedding become int8, each with its scale, see `quantize`; the rest float32.
+    """
+    found = find_tensors(model, files)
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {EMBEDDING}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    done, total = 0, sum(sizes.values())
+    unfinished = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+        shard: dict[str, Tensor] = {}
+        for number, (name, source) in enumerate(found.items(), start=1):
+            progress("Turning the weights into int8", done / total)
+            if name in linear:
+                shard[name], shard[name.removesuffix(".weight") + SCALE_SUFFIX] = quantize(_read(*source))
+            else:
+                shard[name] = _read(*source).float().contiguous()
+            done += sizes[name]
+            if number == len(found) or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+                save_file(shard, unfinished / f"{number:05}.safetensors")
+                shard = {}
+        # Under its own name only once it is whole. Somebody else may have been faster, with the same result.
+        if not folder.exists():
+            unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise PaliGemmaError(
+            f"The int8 weights cannot be written to {folder.parent} ({error}); please make room there for "
+            f"{total / 1e9:.1f} GB, set HF_HOME to another place, or choose another dtype."
+        ) from error
+    finally:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _file_of_each_key(folder: Path) -> dict[str, Path]:
+    """Where the tensors of all safetensors files in a folder are."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        with _open(file) as mapped:
+            found |= dict.fromkeys(mapped.keys(), file)
+    return found
+
+
+def _read(file: Path, key: str) -> Tensor:
+    """One tensor, as a view of a mapping that ends with it."""
+    with _open(file) as mapped:
+        return mapped.get_tensor(key)
+
+
+def _set(model: PaliGemma, name: str, value: nn.Parameter | nn.Module) -> None:
+    """Replace the parameter or module of this name."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, value)
 
 
 def _open(file: Path) -> safe_open:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .config import TextConfig
 from .kv_cache import KVCache
+from .quantization import prepare_for
 
 
 class RMSNorm(nn.Module):
@@ -19,8 +20,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gain = 1.0 + self.weight.float()
-        return F.rms_norm(hidden_states.float(), gain.shape, gain, self.eps).to(hidden_states.dtype)
+        states, weight = hidden_states.float(), self.weight.float()
+        inverse = torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (torch.addcmul(states, states, weight) * inverse).to(hidden_states.dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -35,10 +37,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for `length` positions from `start`, each [length, 1, head_dim / 2]."""
-        rows = slice(start, start + length)
-        return self.cos[rows, None].to(dtype), self.sin[rows, None].to(dtype)
+    def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine at T positions, a slice or int64 [T], each [T, 1, head_dim / 2]."""
+        return self.cos[positions, None].to(dtype), self.sin[positions, None].to(dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,15 +68,24 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     def forward(
-        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        last_only: bool = False,
     ) -> Tensor:
         batch, length, _ = hidden_states.shape
-        queries = rotate(self.q_proj(hidden_states).view(batch, length, -1, self.head_dim), *rotary)
-        keys = rotate(self.k_proj(hidden_states).view(batch, length, -1, self.head_dim), *rotary).transpose(1, 2)
-        values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        states = prepare_for(self.k_proj, hidden_states)
+        keys = rotate(self.k_proj(states).view(batch, length, -1, self.head_dim), *rotary).transpose(1, 2)
+        values = self.v_proj(states).view(batch, length, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)  # [B, kv_heads, S, head_dim]
 
+        if last_only:
+            length, states = 1, prepare_for(self.q_proj, hidden_states[:, -1:])
+            rotary = rotary[0][-1:], rotary[1][-1:]
+        queries = rotate(self.q_proj(states).view(batch, length, -1, self.head_dim), *rotary)
         queries = queries.view(batch, length, self.kv_heads, self.group, self.head_dim).transpose(1, 2)
         queries = queries.reshape(batch, self.kv_heads, length * self.group, self.head_dim)
         if mask is not None:
@@ -95,8 +105,9 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate = F.gelu(self.gate_proj(hidden_states), approximate="tanh")
-        return self.down_proj(gate * self.up_proj(hidden_states))
+        states = prepare_for(self.gate_proj, hidden_states)
+        gate = F.gelu(self.gate_proj(states), approximate="tanh")
+        return self.down_proj(gate * self.up_proj(states))
 
 
 class GemmaLayer(nn.Module):
@@ -110,10 +121,24 @@ class GemmaLayer(nn.Module):
         self.mlp = GemmaMLP(config)
 
     def forward(
-        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        last_only: bool = False,
     ) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cache)
+        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cache, last_only)
+        hidden_states = (hidden_states[:, -1:] if last_only else hidden_states) + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class TokenEmbedding(nn.Embedding):
+    """The token embedding, which is the output layer as well."""
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Float [..., hidden_size] to float [..., vocab_size]."""
+        return F.linear(hidden_states, self.weight)
 
 
 class GemmaModel(nn.Module):
@@ -122,7 +147,7 @@ class GemmaModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.embedding_scale = config.hidden_size**0.5
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config)
         self.layers = nn.ModuleList(GemmaLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -131,25 +156,38 @@ class GemmaModel(nn.Module):
         """Int64 [B, T] to float [B, T, hidden_size], multiplied by sqrt(hidden_size)."""
         return self.embed_tokens(input_ids) * self.embedding_scale
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """Run the layers over T positions that follow those in `cache`.
 
         Args:
             hidden_states: float [B, T, hidden_size], scaled token embeddings or image features.
-            mask: bool [B, 1, T, S], True where a position may look, or None where every one sees all S.
-            cache: keys and values of the positions before, extended by these T; None when there are none.
+            mask: bool [B, 1, T, T], True where a position may look, or None where every one sees all; without a cache.
+            cache: keys and values of the positions before, extended by these T, which see all of them; None when there
+                are none.
+            last_only: nobody asks for other positions than the last, so that the last layer computes no others.
 
         Returns:
-            float [B, T, hidden_size], after the last norm.
+            float [B, T, hidden_size], or [B, 1, hidden_size] with `last_only`, after the last norm.
         """
         length = hidden_states.shape[1]
-        rotary = self.rotary(cache.length if cache is not None else 0, length, hidden_states.dtype)
-        for layer in self.layers:
+        if cache is None:
+            positions = slice(0, length)
+        else:
+            positions, mask = cache.positions(length), cache.mask(length)
+        rotary = self.rotary(positions, hidden_states.dtype)
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, rotary, mask, cache)
+        hidden_states = self.layers[-1](hidden_states, rotary, mask, cache, last_only)
         if cache is not None:
             cache.advance(length)
         return self.norm(hidden_states)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Float [..., hidden_size] to float32 [..., vocab_size], with the token embedding as output layer."""
-        return F.linear(hidden_states, self.embed_tokens.weight).float()
+        return self.embed_tokens.logits(hidden_states).float()

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .config import PaliGemmaConfig, PaliGemmaError
-from .kv_cache import KVCache
+from .kv_cache import KVCache, StaticKVCache
 from .model import PaliGemma
 from .processor import Processor, open_image
 from .sampling import Sampler, is_number
 
 MAX_SEED = 2**63
+# A 3B checkpoint has 2 MB of features for a picture of 224 pixels, in float32.
+MAX_FEATURE_BYTES = 64 * 2**20
+# Room of the caches for compiled steps: each length of them is compiled anew.
+STATIC_LENGTH = 512
 
 
 @contextmanager
@@ -47,12 +55,38 @@ class Token:
     probability: float
 
 
+class FeatureCache:
+    """The features of the latest pictures, so that the next question about one starts without the eye."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, pixel_values: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returns, or returned when these pixel values, on the CPU, were last given."""
+        key = hashlib.sha256(pixel_values.contiguous().numpy()).digest()
+        with self._lock:
+            features = self._features.pop(key, None)
+        if features is None:
+            features = compute()
+        with self._lock:
+            self._features[key] = features  # as the latest
+            while sum(kept.nbytes for kept in self._features.values()) > self._max_bytes:
+                self._features.popitem(last=False)
+        return features
+
+
 class VisionLanguageModel:
     """A loaded checkpoint: ask it about pictures with `stream` or `generate`."""
 
     def __init__(self, model: PaliGemma, processor: Processor):
         self.model = model.eval()
         self.processor = processor
+        self._features = FeatureCache(MAX_FEATURE_BYTES)
+        self._step = self.model.decode
+        self._is_compiled = False
+        self._free_caches: dict[int, list[StaticKVCache]] = {}  # by their length
 
     @property
     def config(self) -> PaliGemmaConfig:
@@ -60,15 +94,38 @@ class VisionLanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self._weight.device
+        return self.model.language_model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._weight.dtype
+        """That of the activations."""
+        return self.model.language_model.norm.weight.dtype
 
     @property
-    def _weight(self) -> Tensor:
-        return self.model.language_model.embed_tokens.weight
+    def weight_dtype(self) -> torch.dtype:
+        """That of the weights: int8, or the same."""
+        return self.model.language_model.embed_tokens.weight.dtype
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the step that makes a token, as one graph; on CUDA it is replayed as a CUDA graph.
+
+        The first answer then takes longer, while it is compiled.
+
+        Args:
+            backend: see `torch.compile`.
+        """
+        mode = "reduce-overhead" if backend == "inductor" else None
+        compiled = torch.compile(self.model.decode, backend=backend, mode=mode, fullgraph=True, dynamic=False)
+
+        @torch.inference_mode()
+        def step(input_ids: Tensor, cache: StaticKVCache) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(input_ids, cache)
+
+        # A CUDA graph belongs to the thread that recorded it, and each token may be asked for from another.
+        thread = ThreadPoolExecutor(max_workers=1)
+        self._step = lambda *arguments: thread.submit(step, *arguments).result()
+        self._is_compiled = True
 
     def stream(
         self,
@@ -125,18 +182,39 @@ class VisionLanguageModel:
     ) -> Iterator[Token]:
         text = self.processor.text_stream()
         # The last token's own keys and values are never needed.
-        length = len(input_ids) + max_new_tokens - 1
-        with explained_lack_of_memory(self.device):
-            cache = KVCache(self.config.text, 1, length, self.dtype, self.device)
-            logits = self._prefill(pixel_values, input_ids, cache)
-        for remaining in reversed(range(max_new_tokens)):
-            next_id, probability = self._choose(logits, sampler, generator)
-            token_id = next_id.item()  # waits for the device; the probability is ready with it
-            if token_id in self.config.eos_token_ids:
-                return
-            yield Token(token_id, text.push(token_id), probability.item())
-            if remaining:
-                logits = self._decode(next_id, cache)
+        with self._cache(len(input_ids) + max_new_tokens - 1) as cache:
+            with explained_lack_of_memory(self.device):
+                logits = self._prefill(pixel_values, input_ids, cache)
+            for remaining in reversed(range(max_new_tokens)):
+                next_id, probability = self._choose(logits, sampler, generator)
+                token_id = next_id.item()  # waits for the device; the probability is ready with it
+                if token_id in self.config.eos_token_ids:
+                    return
+                yield Token(token_id, text.push(token_id), probability.item())
+                if remaining:
+                    logits = self._decode(next_id, cache)
+
+    @contextmanager
+    def _cache(self, length: int) -> Iterator[KVCache]:
+        """An empty cache for at least `length` positions; those for compiled steps are used again afterwards."""
+        arguments = self.dtype, self.device
+        if not self._is_compiled:
+            with explained_lack_of_memory(self.device):
+                cache = KVCache(self.config.text, 1, length, *arguments)
+            yield cache
+            return
+        length = -(-length // STATIC_LENGTH) * STATIC_LENGTH
+        free = self._free_caches.setdefault(length, [])
+        try:
+            cache = free.pop()
+        except IndexError:  # all of this length are in use
+            with explained_lack_of_memory(self.device):
+                cache = StaticKVCache(self.config.text, 1, length, *arguments)
+        try:
+            yield cache
+        finally:
+            cache.reset()
+            free.append(cache)
 
     def _generator(self, seed: int | None) -> torch.Generator:
         generator = torch.Generator(self.device)
@@ -149,12 +227,14 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def _prefill(self, pixel_values: Tensor, input_ids: list[int], cache: KVCache) -> Tensor:
-        image_features = self.model.image_features(pixel_values.to(self.device, self.dtype))
+        image_features = self._features.get(
+            pixel_values, lambda: self.model.image_features(pixel_values.to(self.device, self.dtype))
+        )
         return self.model.prefill(image_features, torch.tensor([input_ids], device=self.device), cache)
 
     @torch.inference_mode()
     def _decode(self, token_id: Tensor, cache: KVCache) -> Tensor:
-        return self.model.decode(token_id[:, None], cache)
+        return self._step(token_id[:, None], cache)
 
     @torch.inference_mode()
     def _choose(self, logits: Tensor, sampler: Sampler, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ class PaliGemma(nn.Module):
         Returns:
             float32 [B, vocab_size], the logits of the token after the prompt.
         """
-        hidden_states = self.language_model(self._embed(image_features, input_ids), cache=cache)
+        hidden_states = self.language_model(self._embed(image_features, input_ids), cache=cache, last_only=True)
         return self.language_model.logits(hidden_states[:, -1])
 
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:

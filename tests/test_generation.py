@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+
 import pytest
 import torch
 from conftest import EXAMPLES
-from PIL import Image
+from PIL import Image, ImageOps
 
+import paligemma
 from paligemma import PaliGemmaError
+from paligemma.generation import MAX_FEATURE_BYTES, FeatureCache
+from paligemma.kv_cache import KVCache, StaticKVCache
 
 PICTURE = EXAMPLES / "cats.png"
 
@@ -100,10 +106,103 @@ def test_a_step_attends_without_a_mask_and_without_copies_of_the_cache(long_wind
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     list(long_winded.stream(PICTURE, "caption en" + " cat" * prompt_words, max_new_tokens=4))
     layers = long_winded.config.text.num_hidden_layers
-    decoder = calls[long_winded.config.vision.num_hidden_layers :]
-    assert len(decoder) == 4 * layers
+    decoder = calls[-4 * layers :]
     assert all(mask is None for _, _, mask, _ in calls)
     assert all(keys[1] == 1 for _, keys, _, _ in decoder), "the shared head is not repeated"
     for layer in range(layers):
         pointers = {pointer for _, _, _, pointer in decoder[layer::layers]}
         assert len(pointers) == 1, "the cache stays where it is"
+
+
+# --- the eye's cache
+
+
+@pytest.fixture
+def eye_calls(tiny, monkeypatch):
+    """A list that grows with every picture that the eye looks at."""
+    calls, look = [], tiny.model.image_features
+
+    def record(pixel_values):
+        calls.append(pixel_values)
+        return look(pixel_values)
+
+    monkeypatch.setattr(tiny.model, "image_features", record)
+    monkeypatch.setattr(tiny, "_features", FeatureCache(MAX_FEATURE_BYTES))
+    return calls
+
+
+def test_a_second_prompt_about_a_picture_starts_without_the_eye(tiny, eye_calls, tmp_path):
+    first = tiny.generate(PICTURE, "caption en")
+    tiny.generate(PICTURE, "detect cat")
+    shutil.copy(PICTURE, tmp_path / "the same.png")
+    assert tiny.generate(tmp_path / "the same.png", "caption en") == first
+    assert len(eye_calls) == 1
+    tiny.generate(ImageOps.mirror(Image.open(PICTURE).convert("RGB")), "caption en")
+    assert len(eye_calls) == 2
+
+
+def test_the_eyes_cache_keeps_the_latest_pictures_within_its_bytes():
+    cache, looked = FeatureCache(max_bytes=2 * 4 * 10), []
+
+    def get(value):
+        def compute():
+            looked.append(value)
+            return torch.full((10,), float(value))
+
+        return cache.get(torch.full((3,), float(value)), compute)
+
+    for value in (1, 2, 1, 3, 1, 2):  # 3 pushes out 2, which was asked for before 1
+        assert torch.equal(get(value), torch.full((10,), float(value)))
+    assert looked == [1, 2, 3, 2]
+
+
+def test_features_larger_than_the_cache_are_not_kept():
+    cache = FeatureCache(max_bytes=4)
+    for _ in range(2):
+        assert cache.get(torch.zeros(3), lambda: torch.ones(10)).sum() == 10
+    assert not cache._features
+
+
+# --- one step as one graph
+
+
+@pytest.fixture
+def compiled():
+    """The embedded checkpoint with its step as one graph, on a back end that needs no compiler; recompiling fails."""
+    torch._dynamo.reset()
+    vlm = paligemma.load()
+    vlm.compile(backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield vlm
+    torch._dynamo.reset()
+
+
+def test_a_step_is_one_graph_for_all_lengths(compiled, tiny):
+    input_ids = torch.tensor([tiny.processor.input_ids("caption en")])
+    features = torch.zeros(1, tiny.config.vision.num_patches, tiny.config.text.hidden_size)
+    cache = StaticKVCache(tiny.config.text, 1, 512, torch.float32, "cpu")
+    growing = KVCache(tiny.config.text, 1, 512, torch.float32, "cpu")
+    with torch.inference_mode():
+        logits, expected = (compiled.model.prefill(features, input_ids, one) for one in (cache, growing))
+        for _ in range(64):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+            token_id = expected.argmax(-1)
+            logits = compiled._decode(token_id, cache)
+            expected = tiny.model.decode(token_id[:, None], growing)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_answers_are_the_same_also_side_by_side(compiled, tiny):
+    prompts = ["caption en", "detect cat"]
+    streams = [compiled.stream(PICTURE, prompt) for prompt in prompts]
+    texts = ["", ""]
+    for tokens in itertools.zip_longest(*streams):
+        for number, token in enumerate(tokens):
+            texts[number] += token.text if token else ""
+    assert texts == [tiny.generate(PICTURE, prompt) for prompt in prompts]
+    assert [len(free) for free in compiled._free_caches.values()] == [2]  # for the next requests
+
+
+def test_compiling_is_refused_off_cuda():
+    with pytest.raises(PaliGemmaError, match="Compiling is for CUDA; please leave it out"):
+        paligemma.load(device="cpu", compile=True)

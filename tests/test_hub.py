@@ -130,6 +130,16 @@ def test_shards_are_fetched_with_their_index(hub, small, tmp_path):
     assert hub.fetched() == {"config.json", "tokenizer.json", INDEX_FILE, shard}
 
 
+def test_fetching_tells_how_far_it_is(hub, small):
+    hub.add(NAME, small)
+    told = []
+    load(progress=lambda *what: told.append(what))
+    fractions = [fraction for doing, fraction in told if doing == f"Downloading {NAME}"]
+    assert fractions[0] is None
+    assert fractions[-1] == 1
+    assert all(0 <= fraction <= 1 for fraction in fractions[1:])
+
+
 def test_second_load_fetches_nothing_again(hub, small):
     hub.add(NAME, small)
     load()

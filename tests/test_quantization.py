@@ -1,0 +1,306 @@
+"""int8: how exact its layers are, and how its weights are made once and kept."""
+
+from __future__ import annotations
+
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+import torch.nn.functional as F
+from random_checkpoints import make_reference, save_reference
+
+import paligemma
+from paligemma import PaliGemmaError, checkpoints
+from paligemma.quantization import Int8Linear, OneDnnWeight, pack, quantize, rotation, turn, turn_back
+
+# [in, out]: of the eye and of the voice in the official shapes, and of the embedded checkpoint.
+SHAPES = [(1152, 1152), (1152, 4304), (4304, 1152), (2048, 4096), (16384, 2048), (192, 512)]
+
+
+def relative_error(output, exact):
+    return ((output - exact).norm() / exact.norm()).item()
+
+
+def rows_of(kind, channels, count=130):
+    rows = torch.randn(count, channels)
+    if kind == "outliers":  # at least one
+        rows[:, torch.randperm(channels)[: max(1, round(channels / 1000))]] *= 100
+    if kind == "one giant":
+        rows[:, 5] = 2000.0
+    return rows
+
+
+@pytest.fixture
+def int8_cache(tmp_path, monkeypatch):
+    """Where int8 weights are kept, for this test alone."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "paligemma-int8"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_reference(make_reference(std=0.2), tmp_path / "checkpoint")
+
+
+# --- the layers
+
+
+@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
+@pytest.mark.parametrize(("kind", "bound"), [("gaussian", 0.015), ("outliers", 0.03), ("one giant", 0.03)])
+def test_a_layer_is_nearly_exact(channels, outputs, kind, bound):
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, channels) * 0.02
+    rows = rows_of(kind, channels)
+    layer = Int8Linear(pack(*quantize(weight)))
+    assert relative_error(layer(rows), rows @ weight.T) <= bound
+
+
+def test_one_row_gives_what_it_gives_among_others():
+    torch.manual_seed(0)
+    layer = Int8Linear(pack(*quantize(torch.randn(512, 256))))
+    rows = torch.cat([rows_of("gaussian", 256, 3), rows_of("one giant", 256, 1)])
+    together = layer(rows)
+    for row, output in zip(rows, together, strict=True):
+        torch.testing.assert_close(layer(row[None])[0], output, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_with_a_giant_lose_little_by_rounding():
+    """Their rests go in as second rows."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 16384)
+    rounded, scale = quantize(weight)
+    rows = rows_of("one giant", 16384, 4)
+    assert Int8Linear.prepare(rows).uneven.tolist() == [0, 1, 2, 3]
+    assert Int8Linear.prepare(rows_of("gaussian", 16384, 4)).uneven is None
+    exact = turn(rows) @ (rounded * scale[:, None]).T
+    layer = Int8Linear(pack(rounded, scale))
+    error = relative_error(layer(rows), exact)
+    assert error <= 0.01
+    assert relative_error(layer(layer.prepare(rows)._replace(uneven=None)), exact) > 1.5 * error
+
+
+def test_zeros_and_bias_come_through():
+    bias = torch.randn(64)
+    layer = Int8Linear(pack(*quantize(torch.randn(64, 128))), bias)
+    assert torch.equal(layer(torch.zeros(2, 3, 128)), bias.expand(2, 3, 64))
+
+
+def test_a_weight_of_zeros_gives_zeros():
+    assert torch.equal(Int8Linear(pack(*quantize(torch.zeros(64, 128))))(torch.randn(2, 128)), torch.zeros(2, 64))
+
+
+def test_layers_with_one_input_can_share_its_preparation():
+    layer = Int8Linear(pack(*quantize(torch.randn(64, 128))))
+    states = torch.randn(2, 5, 128)
+    assert torch.equal(layer(layer.prepare(states)), layer(states))
+
+
+def test_the_other_kernel_computes_the_same():
+    """Which pack takes is a matter of the CPU; without VNNI instructions oneDNN's overflows now and then."""
+    torch.manual_seed(0)
+    weight, rows = torch.randn(512, 2048) * 0.02, torch.randn(16, 2048)
+    layer = Int8Linear(OneDnnWeight(*quantize(weight)))
+    assert relative_error(layer(rows), rows @ weight.T) <= 0.03
+
+
+@pytest.mark.parametrize("channels", [1, 48, 127, 192, 1152, 4304, 16384])
+def test_turning_keeps_lengths_and_can_be_undone(channels):
+    matrix = rotation(channels)
+    assert channels % len(matrix) == 0
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)), rtol=0, atol=1e-5)
+    rows = torch.randn(3, channels)
+    torch.testing.assert_close(turn_back(turn(rows)), rows, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("even", [torch.ones(2048), torch.eye(2048)[7] * 100])
+def test_turning_spreads_what_is_even_or_in_one_channel(even):
+    turned = turn(even)
+    assert turned.abs().amax() <= even.norm() * 0.2
+
+
+# --- the model
+
+
+@pytest.fixture(scope="module")
+def tiny_int8(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache") / "hub"))
+        return paligemma.load(dtype="int8")
+
+
+def test_every_linear_layer_is_int8(tiny_int8):
+    kinds = [type(module) for module in tiny_int8.model.modules()]
+    vision, text = tiny_int8.config.vision, tiny_int8.config.text
+    assert torch.nn.Linear not in kinds
+    # Query, key, value, output and two of the MLP; the same with three; the projector; the output.
+    assert kinds.count(Int8Linear) == 6 * vision.num_hidden_layers + 7 * text.num_hidden_layers + 2
+    assert tiny_int8.weight_dtype == torch.int8
+    assert tiny_int8.dtype == torch.float32
+
+
+def test_logits_are_nearly_those_of_float32(tiny, tiny_int8):
+    torch.manual_seed(0)
+    size = tiny.config.vision.image_size
+    pixel_values = torch.rand(2, 3, size, size) * 2 - 1
+    input_ids = torch.tensor([tiny.processor.input_ids("caption en")] * 2)
+    with torch.inference_mode():
+        exact, ours = tiny.model(pixel_values, input_ids), tiny_int8.model(pixel_values, input_ids)
+    assert F.cosine_similarity(ours.flatten(), exact.flatten(), dim=0) >= 0.999
+
+
+def test_the_embedding_reads_the_rows_of_the_output(tiny, tiny_int8):
+    ids = torch.arange(tiny.config.text.vocab_size)
+    exact = tiny.model.language_model.embed_tokens(ids)
+    embedding = tiny_int8.model.language_model.embed_tokens
+    assert relative_error(embedding(ids[None])[0], exact) <= 0.01
+    states = torch.randn(5, tiny.config.text.hidden_size)
+    assert relative_error(embedding.logits(states), states @ exact.T) <= 0.015
+
+
+# --- the weights on the disk
+
+
+def test_int8_weights_are_made_once(folder, int8_cache, monkeypatch):
+    first = paligemma.load(folder, dtype="int8")
+    (kept,) = int8_cache.iterdir()
+    monkeypatch.setattr(checkpoints, "write_int8_weights", lambda *_: pytest.fail("made again"))
+    second = paligemma.load(folder, dtype="int8")
+    assert list(int8_cache.iterdir()) == [kept]
+    states = torch.randn(3, 64)
+    for one, other in ((first, second),):
+        layers = (vlm.model.language_model.layers[0].mlp.up_proj for vlm in (one, other))
+        assert torch.equal(*(layer(states) for layer in layers))
+
+
+def test_a_changed_checkpoint_gets_new_int8_weights(folder, int8_cache):
+    paligemma.load(folder, dtype="int8")
+    save_reference(make_reference(std=0.2, seed=1), folder)
+    changed = paligemma.load(folder, dtype="int8")
+    assert len(list(int8_cache.iterdir())) == 2
+    fresh = paligemma.load(folder, dtype="float32")
+    weight = fresh.model.language_model.layers[0].mlp.up_proj.weight
+    states = torch.randn(3, 64)
+    assert relative_error(changed.model.language_model.layers[0].mlp.up_proj(states), states @ weight.T) <= 0.015
+
+
+def test_damaged_int8_weights_are_made_anew(folder, int8_cache):
+    paligemma.load(folder, dtype="int8")
+    (file,) = int8_cache.glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert paligemma.load(folder, dtype="int8").weight_dtype == torch.int8
+    assert file.stat().st_size > 1000
+
+
+def test_int8_weights_may_be_in_several_files(folder, int8_cache, monkeypatch):
+    whole = paligemma.load(folder, dtype="int8")
+    shutil.rmtree(int8_cache)
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 10_000)
+    parts = paligemma.load(folder, dtype="int8")
+    assert len(list(int8_cache.glob("*/*.safetensors"))) > 5
+    ids = torch.tensor([whole.processor.input_ids("caption en")])
+    pixel_values = torch.zeros(1, 3, 56, 56)
+    with torch.inference_mode():
+        assert torch.equal(whole.model(pixel_values, ids), parts.model(pixel_values, ids))
+
+
+def test_a_place_that_cannot_be_written_to_is_named(folder, int8_cache):
+    int8_cache.write_text("not a folder")
+    with pytest.raises(PaliGemmaError, match="int8 weights cannot be written to .*please make room there for"):
+        paligemma.load(folder, dtype="int8")
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(folder, int8_cache):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(PaliGemmaError, match="truncated or damaged"):
+        paligemma.load(folder, dtype="int8")
+    assert not int8_cache.exists() or not list(int8_cache.iterdir())
+
+
+def test_progress_is_told_from_nothing_to_nearly_all(folder, int8_cache):
+    told = []
+    paligemma.load(folder, dtype="int8", progress=lambda *what: told.append(what))
+    for doing in ("Turning the weights into int8", "Packing the int8 weights"):
+        fractions = [fraction for what, fraction in told if what == doing]
+        assert fractions[0] == 0
+        assert fractions == sorted(fractions)
+        assert 0.9 < fractions[-1] < 1
+
+
+# --- what runs where
+
+
+def test_int8_is_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(PaliGemmaError, match="int8 runs on CPUs, not on meta; please choose bfloat16"):
+        paligemma.load(device="meta", dtype="int8")
+    monkeypatch.setattr(checkpoints, "int8_is_available", lambda: False)
+    with pytest.raises(PaliGemmaError, match="int8 needs an x86 CPU; please choose bfloat16"):
+        paligemma.load(dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "available", "bfloat16", "faster", "expected"),
+    [
+        ("cuda", 5_000_000, True, False, True, torch.bfloat16),
+        ("cuda", 3_000_000_000, True, False, True, torch.bfloat16),
+        ("cpu", 5_000_000, True, True, True, torch.float32),
+        ("cpu", 3_000_000_000, True, False, False, torch.int8),
+        ("cpu", 3_000_000_000, True, True, True, torch.int8),
+        ("cpu", 3_000_000_000, True, True, False, torch.bfloat16),
+        ("cpu", 3_000_000_000, False, False, True, torch.bfloat16),
+    ],
+)
+def test_auto_takes_what_suits_device_and_size(device, parameters, available, bfloat16, faster, expected, monkeypatch):
+    monkeypatch.setattr(checkpoints, "int8_is_available", lambda: available)
+    monkeypatch.setattr(checkpoints, "int8_is_faster", lambda: faster)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
+    assert checkpoints.choose_dtype(torch.device(device), parameters) == expected
+
+
+def test_the_faster_dtype_is_measured():
+    assert checkpoints.int8_is_faster() in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "300000 100000"}, 3),
+        ("0::/\n", {"cpu.max": "max 100000"}, 64),
+        ("0::/\n", {}, 64),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
+        ("0::/of/the/host\n", {"cpu.max": "200000 100000"}, 2),
+        (
+            "3:memory:/x\n2:cpu,cpuacct:/x\n",
+            {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("2:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+def test_threads_are_those_of_the_container(groups, files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, content in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content + "\n")
+    assert checkpoints.available_cores(tmp_path) == expected
+
+
+def test_without_cgroups_all_cores_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert checkpoints.available_cores(tmp_path) == 8
+
+
+def test_loading_takes_no_more_threads_than_there_are_cores(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(checkpoints, "available_cores", lambda: 1)
+    try:
+        paligemma.load()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
