@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import gradio as gr
@@ -15,7 +16,6 @@ from PIL import Image
 
 import paligemma
 from paligemma.annotations import find_detections
-from paligemma.processor import open_image
 
 TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
@@ -25,6 +25,7 @@ MAX_NEW_TOKENS = 256
 MAX_QUEUE_LENGTH = 32
 MAX_ANNOTATED_SIDE = 1024  # pixels; drawing boxes takes time and memory with the area
 FILES_KEPT_SECONDS = 3600
+STATUS_SECONDS = 0.5  # between two looks at how far the loading is
 
 EXAMPLES_FOLDER = Path(__file__).parent / "paligemma" / "examples"
 EXAMPLES = [
@@ -48,7 +49,50 @@ THEME = gr.themes.Soft(
 LAUNCH_SETTINGS = {"theme": THEME, "max_file_size": MAX_FILE_SIZE, "ssr_mode": False}
 
 
-def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
+class Model:
+    """The model behind the page, which is served while it is still being loaded."""
+
+    def __init__(self, vlm: paligemma.VisionLanguageModel | None = None):
+        self._loaded: Future[paligemma.VisionLanguageModel] = Future()
+        self._doing, self._fraction = "Starting", None
+        if vlm is not None:
+            self._loaded.set_result(vlm)
+
+    def load(self, **arguments: object) -> paligemma.VisionLanguageModel:
+        """Call `paligemma.load`, for whoever waits."""
+        vlm = paligemma.load(**arguments, progress=self._report)
+        self._loaded.set_result(vlm)
+        return vlm
+
+    def _report(self, doing: str, fraction: float | None) -> None:
+        self._doing, self._fraction = doing, fraction
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._loaded.done()
+
+    @property
+    def status(self) -> str:
+        """What the model runs as, or how far its loading is."""
+        if self.is_loaded:
+            vlm = self.get()
+            dtype = str(vlm.weight_dtype).removeprefix("torch.")
+            return f"The model runs in `{dtype}` on `{vlm.device}`."
+        done = "" if self._fraction is None else f" {self._fraction:.0%}"
+        return f"Loading the model: {self._doing}{done} … You can already ask; the answer comes when it is ready."
+
+    def wait(self) -> Iterator[str]:
+        """Yield the status again and again until the model is loaded."""
+        while not self.is_loaded:
+            yield self.status
+            time.sleep(STATUS_SECONDS)
+
+    def get(self) -> paligemma.VisionLanguageModel:
+        """The model, once it is loaded."""
+        return self._loaded.result()
+
+
+def build_page(model: Model, about: str) -> gr.Blocks:
     """The whole page, top to bottom, and what happens when its buttons are pressed."""
 
     def generate(
@@ -60,10 +104,12 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
         top_p: float,
         seed: int | None = None,
     ) -> Iterator[tuple]:
-        start = time.perf_counter()
         text, times = "", []
         try:
             picture = _open_picture(image)
+            for waiting in model.wait():
+                yield text, waiting, gr.update(value=None, visible=False)
+            vlm, start = model.get(), time.perf_counter()
             tokens = vlm.stream(picture, prompt, max_new_tokens, temperature, top_k, top_p, seed)
             _check_limits(vlm, prompt, max_new_tokens)
             # The boxes of the answer before go, also if this one is stopped.
@@ -76,8 +122,13 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
             raise gr.Error(str(error), print_exception=False) from error
         yield text, _speed(times) or EMPTY_ANSWER, _annotate(picture, text)
 
+    def show_status() -> tuple:
+        return model.status, gr.Timer(active=not model.is_loaded)
+
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS,) * 2) as page:
         gr.Markdown(f"# {TITLE}\n\nGive it a picture and a prompt, and watch the answer arrive.\n\n{about}")
+        status = gr.Markdown(model.status, elem_id="status")
+        timer = gr.Timer(STATUS_SECONDS, active=False)
         with gr.Row():
             with gr.Column():
                 image = gr.Image(
@@ -117,6 +168,15 @@ def build_page(vlm: paligemma.VisionLanguageModel, about: str) -> gr.Blocks:
             api_description="Answer a prompt about a picture; streams the text so far.",
             show_progress_on=answer,  # the place in the queue shows where the answer will be
         )
+        # A visitor who comes while the model is being loaded sees how far it is.
+        gr.on(
+            [page.load, timer.tick],
+            show_status,
+            outputs=[status, timer],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         stop.click(None, cancels=[running], api_visibility="private")
     # One answer at a time, first come, first served.
     return page.queue(max_size=MAX_QUEUE_LENGTH, default_concurrency_limit=1)
@@ -126,6 +186,8 @@ def _open_picture(image: dict | None) -> Image.Image:
     """Open what `gr.Image` sends: the fields of its `ImageData`, with the path of the uploaded file."""
     if not image or not image["path"]:
         raise paligemma.PaliGemmaError("There is no picture yet; please upload one or choose an example.")
+    from paligemma.processor import open_image  # here, since it brings torch
+
     path = Path(image["path"]).resolve()
     # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
@@ -169,21 +231,36 @@ def main() -> None:
     environment = os.environ.get
     parser.add_argument("--model", default=environment("PALIGEMMA_MODEL"), help="folder or Hub id[@revision]")
     parser.add_argument("--device", default=environment("PALIGEMMA_DEVICE"), help="cpu, cuda or mps")
-    parser.add_argument("--dtype", default=environment("PALIGEMMA_DTYPE"), help="float32, bfloat16 or float16")
+    parser.add_argument(
+        "--dtype", default=environment("PALIGEMMA_DTYPE"), help="auto, float32, bfloat16, float16 or int8 (x86 CPUs)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step (CUDA)")
     parser.add_argument("--host", help="address to listen on, such as 0.0.0.0")
     parser.add_argument("--port", type=int)
     parser.add_argument("--share", action="store_true", help="make a public link")
     arguments = parser.parse_args()
 
-    try:
-        vlm = paligemma.load(arguments.model or None, arguments.device or None, arguments.dtype or None)
-    except paligemma.PaliGemmaError as error:
-        sys.exit(str(error))
     about = ABOUT_OTHER.format(arguments.model) if arguments.model else ABOUT_EMBEDDED
-    page = build_page(vlm, about)
+    model = Model()
+    page = build_page(model, about)
     page.launch(
-        server_name=arguments.host, server_port=arguments.port, share=arguments.share or None, **LAUNCH_SETTINGS
+        server_name=arguments.host,
+        server_port=arguments.port,
+        share=arguments.share or None,
+        prevent_thread_lock=True,
+        **LAUNCH_SETTINGS,
     )
+    try:
+        model.load(
+            source=arguments.model or None,
+            device=arguments.device or None,
+            dtype=arguments.dtype or "auto",
+            compile=arguments.compile,
+        )
+    except paligemma.PaliGemmaError as error:
+        page.close(verbose=False)
+        sys.exit(str(error))
+    page.block_thread()
 
 
 if __name__ == "__main__":

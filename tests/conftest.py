@@ -65,8 +65,9 @@ def serve() -> Iterator[Callable[[object], str]]:
 
     pages = []
 
-    def start(vlm: object) -> str:
-        page = app.build_page(vlm, app.ABOUT_EMBEDDED)
+    def start(model: object) -> str:
+        model = model if isinstance(model, app.Model) else app.Model(model)
+        page = app.build_page(model, app.ABOUT_EMBEDDED)
         _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH_SETTINGS)
         pages.append(page)
         return address

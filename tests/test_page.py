@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -13,6 +14,9 @@ import pytest
 from conftest import EXAMPLES, write_png_that_claims
 from gradio_client import Client, handle_file
 from playwright.sync_api import expect
+
+import app
+import paligemma
 
 PICTURE = EXAMPLES / "cats.png"
 # The one under way, and one that may end while the news travels.
@@ -150,6 +154,29 @@ def test_a_file_that_is_no_picture_shows_a_sentence_and_leaves_the_page_usable(o
     upload(tab, PICTURE)
     tab.click("#run")
     expect(tab.locator("#answer textarea")).to_have_value(tiny.generate(PICTURE, "caption en"), timeout=20_000)
+
+
+def test_who_comes_while_the_model_loads_sees_how_far_it_is_and_is_answered(open_page, serve, tiny, monkeypatch):
+    go_on = threading.Event()
+
+    def load(progress):
+        progress("Reading the weights", 0.42)
+        assert go_on.wait(60)
+        return tiny
+
+    monkeypatch.setattr(paligemma, "load", load)
+    model = app.Model()
+    threading.Thread(target=model.load, daemon=True).start()
+    tab = open_page(serve(model))
+    expect(tab.locator("#status")).to_contain_text("Loading the model: Reading the weights 42%")
+    tab.click("#run")
+    expect(tab.get_by_text("There is no picture yet")).to_be_visible()
+    upload(tab, PICTURE)
+    tab.click("#run")
+    expect(tab.locator("#speed")).to_contain_text("Reading the weights 42%", timeout=20_000)
+    go_on.set()
+    expect(tab.locator("#answer textarea")).to_have_value(tiny.generate(PICTURE, "caption en"), timeout=20_000)
+    expect(tab.locator("#status")).to_contain_text("The model runs in float32 on cpu")
 
 
 @pytest.mark.parametrize("width", [1280, 390])
