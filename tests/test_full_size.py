@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from benchmarks.full_size import checkpoint, file_bytes, prefill_once, run_alone
 
+GB = 1e9
 TOLERANCE = 0.04  # of the norm; each library is about 0.011 away from float32 at this depth, and as far from the other
 
-pytestmark = pytest.mark.slow  # 6 GB on disk, 7 GB of memory, minutes where the CPU has no bfloat16 instructions
+pytestmark = pytest.mark.slow  # 9 GB on disk, 13 GB of memory, minutes where the CPU has no bfloat16 instructions
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +37,21 @@ def test_bfloat16_logits_are_those_of_transformers(folder, ours):
     logits, _, _ = ours
     assert logits.shape == theirs.shape
     assert np.linalg.norm(logits - theirs) <= TOLERANCE * np.linalg.norm(theirs)
+
+
+@pytest.fixture(scope="session")
+def int8(folder):
+    """As `ours`, in int8, with the weights made if they are not there yet."""
+    return run_alone(prefill_once, "paligemma", folder, "int8")
+
+
+def test_int8_holds_less_than_a_free_space_has(int8):
+    _, _, peak = int8
+    assert peak <= 4.5 * GB
+
+
+def test_int8_logits_are_nearly_those_of_float32(folder, int8):
+    exact, _, _ = run_alone(prefill_once, "paligemma", folder, "float32")
+    logits, _, _ = int8
+    cosine = logits @ exact / (np.linalg.norm(logits) * np.linalg.norm(exact))
+    assert cosine >= 0.999
