@@ -62,7 +62,7 @@ def no_progress(doing: str, fraction: float | None) -> None:
 def load(
     source: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = "auto",
     revision: str | None = None,
     compile: bool = False,
     progress: Progress = no_progress,
@@ -73,8 +73,8 @@ def load(
         source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
             revision may follow: `google/paligemma-3b-mix-224@bfloat16`.
         device: where to run; None takes a GPU if there is one.
-        dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only) or `auto`, see `choose_dtype`. Weights in int8 are
-            kept next to the Hub's cache, so that they are made once.
+        dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
+            are kept next to the Hub's cache, so that they are made once.
         revision: branch, tag or commit on the Hub.
         compile: compile the step that makes a token (CUDA), see `VisionLanguageModel.compile`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
@@ -83,8 +83,7 @@ def load(
         PaliGemmaError: the checkpoint cannot be found, reached, read or run; the sentence says what to do.
     """
     device = choose_device(device)
-    if dtype != "auto":
-        dtype = check_dtype(dtype, device)
+    dtype = None if dtype in (None, "auto") else check_dtype(dtype, device)
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
     folder = find_folder(source, revision, progress)
@@ -92,7 +91,7 @@ def load(
     processor = Processor.from_file(config, folder / "tokenizer.json")
     with torch.device("meta"), WithoutInitialisation():
         model = PaliGemma(config)
-    if dtype == "auto":
+    if dtype is None:
         dtype = choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))

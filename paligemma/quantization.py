@@ -41,7 +41,7 @@ SMALLEST_BLOCK = 128  # channels that an outlier is spread over
 # Rows with a larger ratio of largest value to root mean square go in twice; Gaussian rows have 3 to 5.
 UNEVEN = 8.0
 NUMBERS_AT_ONCE = 2**20  # when quantising: what the cache of a CPU holds
-TINY = torch.finfo(torch.float32).tiny
+TINY = 1e-30  # against division by zero; a 127th of it is still no denormal number
 
 
 def is_available() -> bool:
@@ -114,11 +114,11 @@ class FbgemmWeight:
         finally:
             torch.backends.quantized.engine = engine
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        """Float32 [rows, in] between -1 and 1 to float32 [rows, out]."""
+    def multiply(self, steps: Tensor) -> Tensor:
+        """Float32 [rows, in], rounded here, between -levels and levels, to float32 [rows, out]."""
         # The overload itself: to look it up takes longer than some of the products.
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        return multiply(rows, 1 / self.levels, self.levels, self.packed)
+        return multiply(steps, 1.0, self.levels, self.packed)
 
 
 class OneDnnWeight:
@@ -131,13 +131,13 @@ class OneDnnWeight:
         self.scale = scale
         self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
 
-    def multiply(self, rows: Tensor) -> Tensor:
+    def multiply(self, steps: Tensor) -> Tensor:
         """As `FbgemmWeight.multiply`."""
-        unsigned = (rows * self.levels + (self.levels + 1)).round_().to(torch.uint8)
+        zero_point = self.levels + 1
         return torch.ops.onednn.qlinear_pointwise.default(
-            unsigned,
-            1 / self.levels,
-            self.levels + 1,
+            (steps + (zero_point + 0.5)).to(torch.uint8),  # rounds, since it cuts off what follows the point
+            1.0,
+            zero_point,
             self.packed,
             self.scale,
             self.zero_points,
@@ -161,14 +161,14 @@ def pack(rounded: Tensor, scale: Tensor) -> FbgemmWeight | OneDnnWeight:
 class PreparedRows(NamedTuple):
     """The input of an `Int8Linear`, turned and scaled; layers that have the same input can share it.
 
-    unit: float32 [rows, in], each row divided by its largest absolute value.
-    largest: float32 [rows, 1], that value.
+    steps: float32 [rows, in], each row divided by its step: between -levels and levels of the kernel.
+    step: float32 [rows, 1].
     uneven: int64 [n], the rows that go in twice, or None if there are none.
     shape: that of the input.
     """
 
-    unit: Tensor
-    largest: Tensor
+    steps: Tensor
+    step: Tensor
     uneven: Tensor | None
     shape: torch.Size
 
@@ -186,32 +186,26 @@ class Int8Linear(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    @staticmethod
-    def prepare(hidden_states: Tensor) -> PreparedRows:
-        """What `forward` takes in place of float32 [..., in]."""
-        unit = turn(hidden_states).view(-1, hidden_states.shape[-1])
-        largest = unit.abs().amax(dim=1, keepdim=True).clamp_min_(TINY)
-        unit /= largest
-        # The root mean square of a row whose largest value is one.
-        norms, limit = torch.linalg.vector_norm(unit, dim=1), math.sqrt(unit.shape[1]) / UNEVEN
+    def prepare(self, hidden_states: Tensor) -> PreparedRows:
+        """What `forward` takes in place of float32 [..., in], in all layers of this width."""
+        steps, levels = turn(hidden_states).view(-1, hidden_states.shape[-1]), self.weight.levels
+        step = steps.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(levels)
+        steps /= step
+        norms, limit = torch.linalg.vector_norm(steps, dim=1), math.sqrt(steps.shape[1]) * levels / UNEVEN
         uneven = (norms < limit).nonzero()[:, 0] if norms.amin().item() < limit else None
-        return PreparedRows(unit, largest, uneven, hidden_states.shape)
+        return PreparedRows(steps, step, uneven, hidden_states.shape)
 
     def forward(self, hidden_states: Tensor | PreparedRows) -> Tensor:
         rows = hidden_states if isinstance(hidden_states, PreparedRows) else self.prepare(hidden_states)
-        output = self.weight.multiply(rows.unit)
+        output = self.weight.multiply(rows.steps)
         if rows.uneven is not None:
-            output[rows.uneven] += self._of_rest(rows.unit[rows.uneven])
-        output *= rows.largest
+            uneven = rows.steps[rows.uneven]
+            finer = 2 * self.weight.levels  # what rounding leaves is up to half a step
+            output[rows.uneven] += self.weight.multiply((uneven - uneven.round()) * finer) / finer
+        output *= rows.step
         if self.bias is not None:
             output += self.bias
         return output.view(*rows.shape[:-1], -1)
-
-    def _of_rest(self, unit: Tensor) -> Tensor:
-        """What the kernel loses by rounding these rows, and would have added to their product."""
-        levels = self.weight.levels
-        rest = unit - (unit * levels).round_() / levels
-        return self.weight.multiply(rest * (2 * levels)) / (2 * levels)
 
 
 def prepare_for(layer: nn.Module, hidden_states: Tensor) -> Tensor | PreparedRows:

@@ -71,10 +71,10 @@ def test_rows_with_a_giant_lose_little_by_rounding():
     weight = torch.randn(512, 16384)
     rounded, scale = quantize(weight)
     rows = rows_of("one giant", 16384, 4)
-    assert Int8Linear.prepare(rows).uneven.tolist() == [0, 1, 2, 3]
-    assert Int8Linear.prepare(rows_of("gaussian", 16384, 4)).uneven is None
     exact = turn(rows) @ (rounded * scale[:, None]).T
     layer = Int8Linear(pack(rounded, scale))
+    assert layer.prepare(rows).uneven.tolist() == [0, 1, 2, 3]
+    assert layer.prepare(rows_of("gaussian", 16384, 4)).uneven is None
     error = relative_error(layer(rows), exact)
     assert error <= 0.01
     assert relative_error(layer(layer.prepare(rows)._replace(uneven=None)), exact) > 1.5 * error
