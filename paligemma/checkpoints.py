@@ -402,7 +402,7 @@ def load_int8_weights(model: PaliGemma, files: list[Path], progress: Progress = 
             return
         scale = _read(found[owner + SCALE_SUFFIX], owner + SCALE_SUFFIX)
         bias = _read(found[f"{owner}.bias"], f"{owner}.bias") if f"{owner}.bias" in found else None
-        layer = Int8Linear(pack(_read(found[name], name), scale), bias)
+        layer = Int8Linear(pack(_read(found[name], name), scale), bias, single_twice=name == EMBEDDING)
         # Read anew: of this mapping only the rows of the tokens in use become resident, of the other all have.
         _set(model, owner, Int8Embedding(_read(found[name], name), scale, layer) if name == EMBEDDING else layer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,12 +60,11 @@ class FeatureCache:
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
-        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, pixel_values: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` returns, or returned when these pixel values, on the CPU, were last given."""
-        key = hashlib.sha256(pixel_values.contiguous().numpy()).digest()
+    def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returns, or returned when this key was last given."""
         with self._lock:
             features = self._features.pop(key, None)
         if features is None:
@@ -227,10 +226,18 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def _prefill(self, pixel_values: Tensor, input_ids: list[int], cache: KVCache) -> Tensor:
+        picture = hashlib.sha256(pixel_values.contiguous().numpy()).digest()
         image_features = self._features.get(
-            pixel_values, lambda: self.model.image_features(pixel_values.to(self.device, self.dtype))
+            (picture, self._state_of_eye()),
+            lambda: self.model.image_features(pixel_values.to(self.device, self.dtype)),
         )
         return self.model.prefill(image_features, torch.tensor([input_ids], device=self.device), cache)
+
+    def _state_of_eye(self) -> tuple:
+        """Changes when a parameter of the eye is replaced or written to, as by fine-tuning."""
+        parameters = (*self.model.vision_tower.parameters(), *self.model.multi_modal_projector.parameters())
+        # Tensors made in inference mode do not count how often they are written to.
+        return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
 
     @torch.inference_mode()
     def _decode(self, token_id: Tensor, cache: KVCache) -> Tensor:

@@ -141,6 +141,15 @@ def test_a_second_prompt_about_a_picture_starts_without_the_eye(tiny, eye_calls,
     assert len(eye_calls) == 2
 
 
+def test_a_changed_eye_looks_again(eye_calls, tiny):
+    bias = tiny.model.vision_tower.post_layernorm.bias
+    tiny.generate(PICTURE, "caption en")
+    bias += 1
+    tiny.generate(PICTURE, "caption en")
+    bias -= 1
+    assert len(eye_calls) == 2
+
+
 def test_the_eyes_cache_keeps_the_latest_pictures_within_its_bytes():
     cache, looked = FeatureCache(max_bytes=2 * 4 * 10), []
 
@@ -149,7 +158,7 @@ def test_the_eyes_cache_keeps_the_latest_pictures_within_its_bytes():
             looked.append(value)
             return torch.full((10,), float(value))
 
-        return cache.get(torch.full((3,), float(value)), compute)
+        return cache.get(value, compute)
 
     for value in (1, 2, 1, 3, 1, 2):  # 3 pushes out 2, which was asked for before 1
         assert torch.equal(get(value), torch.full((10,), float(value)))
@@ -159,7 +168,7 @@ def test_the_eyes_cache_keeps_the_latest_pictures_within_its_bytes():
 def test_features_larger_than_the_cache_are_not_kept():
     cache = FeatureCache(max_bytes=4)
     for _ in range(2):
-        assert cache.get(torch.zeros(3), lambda: torch.ones(10)).sum() == 10
+        assert cache.get("a picture", lambda: torch.ones(10)).sum() == 10
     assert not cache._features
 
 
