@@ -58,11 +58,9 @@ class Model:
         if vlm is not None:
             self._loaded.set_result(vlm)
 
-    def load(self, **arguments: object) -> paligemma.VisionLanguageModel:
+    def load(self, **arguments: object) -> None:
         """Call `paligemma.load`, for whoever waits."""
-        vlm = paligemma.load(**arguments, progress=self._report)
-        self._loaded.set_result(vlm)
-        return vlm
+        self._loaded.set_result(paligemma.load(**arguments, progress=self._report))
 
     def _report(self, doing: str, fraction: float | None) -> None:
         self._doing, self._fraction = doing, fraction
@@ -123,7 +121,8 @@ def build_page(model: Model, about: str) -> gr.Blocks:
         yield text, _speed(times) or EMPTY_ANSWER, _annotate(picture, text)
 
     def show_status() -> tuple:
-        return model.status, gr.Timer(active=not model.is_loaded)
+        go_on = not model.is_loaded  # before the status, so that the last one shown is never of the loading
+        return model.status, gr.Timer(active=go_on)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS,) * 2) as page:
         gr.Markdown(f"# {TITLE}\n\nGive it a picture and a prompt, and watch the answer arrive.\n\n{about}")

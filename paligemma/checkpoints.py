@@ -26,7 +26,7 @@ from .config import PaliGemmaConfig, PaliGemmaError
 from .generation import VisionLanguageModel, explained_lack_of_memory
 from .model import PaliGemma
 from .processor import Processor
-from .quantization import Int8Embedding, Int8Linear, pack, quantize
+from .quantization import Int8Embedding, Int8Linear, pack, packing, quantize
 from .quantization import is_available as int8_is_available
 
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny"
@@ -91,10 +91,10 @@ def load(
     processor = Processor.from_file(config, folder / "tokenizer.json")
     with torch.device("meta"), WithoutInitialisation():
         model = PaliGemma(config)
-    if dtype is None:
-        dtype = choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+    if dtype is None:
+        dtype = choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
     with explained_lack_of_memory(device):
         if dtype == torch.int8:
             load_int8_weights(model, weight_files(folder), progress)
@@ -152,18 +152,25 @@ def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
 @torch.inference_mode()
 def int8_is_faster() -> bool:
     """Whether int8 beats bfloat16 here, over the reading of a picture and an answer of a few words."""
-    weight = torch.randn(8192, 2048)
-    layers = (Int8Linear(pack(*quantize(weight))), torch.nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16))
-    seconds = []
-    for layer, dtype in zip(layers, (torch.float32, torch.bfloat16), strict=True):
-        prompt = torch.randn(260, 2048).to(dtype)
-        layer(prompt)
-        start = time.perf_counter()
-        layer(prompt)
-        for _ in range(16):
+    quantized = quantize(torch.randn(8192, 2048))
+    with packing():  # together they are larger than the cache of a CPU, as a checkpoint is
+        int8 = [Int8Linear(pack(*quantized)) for _ in range(8)]
+    bfloat16 = [nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16) for _ in int8]
+
+    def seconds(layers: list[nn.Module], prompt: Tensor) -> float:
+        for layer in layers:
             layer(prompt[:1])
-        seconds.append(time.perf_counter() - start)
-    return seconds[0] < seconds[1]
+        layers[0](prompt)
+        start = time.perf_counter()
+        layers[0](prompt)
+        middle = time.perf_counter()
+        for _ in range(16):
+            for layer in layers:
+                layer(prompt[:1])
+        return len(layers) * (middle - start) + time.perf_counter() - middle
+
+    prompt = torch.randn(260, 2048)
+    return seconds(int8, prompt) < seconds(bfloat16, prompt.bfloat16())
 
 
 def available_cores(root: Path = Path("/")) -> int:
@@ -317,7 +324,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def find_tensors(model: PaliGemma, files: list[Path]) -> dict[str, tuple[Path, str]]:
-    """The file and the key there of every parameter of `model`, which was built on `meta`; no tensor is read.
+    """The file and the key there of every parameter of `model`, which was built on `meta`.
 
     Raises:
         PaliGemmaError: a tensor is missing, unexpected or of another shape, or a file is damaged.
@@ -386,12 +393,12 @@ def load_int8_weights(model: PaliGemma, files: list[Path], progress: Progress = 
     Raises:
         PaliGemmaError: as `find_tensors`, or there is no room for them on the disk.
     """
-    folder = int8_folder(files)
+    source, folder = find_tensors(model, files), int8_folder(files)
     try:
         found = _file_of_each_key(folder)
     except (OSError, PaliGemmaError):  # not there yet, or damaged
         shutil.rmtree(folder, ignore_errors=True)
-        write_int8_weights(model, files, folder, progress)
+        write_int8_weights(model, source, folder, progress)
         found = _file_of_each_key(folder)
 
     def put(name: str) -> None:
@@ -409,7 +416,7 @@ def load_int8_weights(model: PaliGemma, files: list[Path], progress: Progress = 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     done, total = 0, sum(sizes.values())
     progress("Packing the int8 weights", 0.0)
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # packing one keeps one core busy
+    with packing(), ThreadPoolExecutor(torch.get_num_threads()) as threads:  # packing one keeps one core busy
         # The largest first, while there is room for both forms of it.
         tasks = {threads.submit(put, name): name for name in sorted(sizes, key=lambda name: name != EMBEDDING)}
         for task in as_completed(tasks):
@@ -429,12 +436,13 @@ def int8_folder(files: list[Path]) -> Path:
     return Path(constants.HF_HUB_CACHE).parent / "paligemma-int8" / f"{name}-{digest}"
 
 
-def write_int8_weights(model: PaliGemma, files: list[Path], folder: Path, progress: Progress = no_progress) -> None:
-    """Quantise the checkpoint in `files` into `folder`, tensor by tensor: memory holds little of it at any time.
+def write_int8_weights(
+    model: PaliGemma, found: dict[str, tuple[Path, str]], folder: Path, progress: Progress = no_progress
+) -> None:
+    """Quantise what `find_tensors` found into `folder`, tensor by tensor: memory holds little of it at any time.
 
     The weights of linear layers and the embedding become int8, each with its scale, see `quantize`; the rest float32.
     """
-    found = find_tensors(model, files)
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {EMBEDDING}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     done, total = 0, sum(sizes.values())

@@ -31,6 +31,8 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -106,16 +108,9 @@ class FbgemmWeight:
         # Fitted to measured errors, from 48 to 16384 channels: the fewer there are, the closer do the typical values lie
         # to the largest, and the more pairs overflow.
         self.levels = round(60 + 4 * math.log2(rounded.shape[1]))
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*are deprecated")
-                zero_points = torch.zeros(len(scale), dtype=torch.long)
-                quantized = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zero_points, 0)
-            self.packed = torch.ops.quantized.linear_prepack(quantized, None)
-        finally:
-            torch.backends.quantized.engine = engine
+        zero_points = torch.zeros(len(scale), dtype=torch.long)
+        quantized = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zero_points, 0)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
 
     def multiply(self, steps: Tensor) -> Tensor:
         """Float32 [rows, in], rounded here, between -levels and levels, to float32 [rows, out]."""
@@ -154,8 +149,21 @@ class OneDnnWeight:
         )
 
 
+@contextmanager
+def packing() -> Iterator[None]:
+    """To be entered once around all calls of `pack`, which may come from many threads: what it sets is global."""
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*are deprecated")
+            yield
+    finally:
+        torch.backends.quantized.engine = engine
+
+
 def pack(rounded: Tensor, scale: Tensor) -> FbgemmWeight | OneDnnWeight:
-    """Pack what `quantize` returns for the kernel that is faster on this CPU."""
+    """Pack what `quantize` returns for the kernel that is faster on this CPU, within `packing`."""
     capabilities = torch.cpu.get_capabilities()
     has_vnni = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     return (OneDnnWeight if has_vnni else FbgemmWeight)(rounded, scale)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EXAMPLES
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
 from paligemma import PaliGemmaError, checkpoints
-from paligemma.quantization import Int8Linear, OneDnnWeight, pack, quantize, rotation, turn, turn_back
+from paligemma.quantization import Int8Linear, OneDnnWeight, pack, packing, quantize, rotation, turn, turn_back
 
 # [in, out]: of the eye and of the voice in the official shapes, and of the embedded checkpoint.
 SHAPES = [(1152, 1152), (1152, 4304), (4304, 1152), (2048, 4096), (16384, 2048), (192, 512)]
@@ -29,6 +33,12 @@ def rows_of(kind, channels, count=130):
     if kind == "one giant":
         rows[:, 5] = 2000.0
     return rows
+
+
+@pytest.fixture(autouse=True)
+def within_packing():
+    with packing():
+        yield
 
 
 @pytest.fixture
@@ -181,9 +191,26 @@ def test_int8_weights_are_made_once(folder, int8_cache, monkeypatch):
     second = paligemma.load(folder, dtype="int8")
     assert list(int8_cache.iterdir()) == [kept]
     states = torch.randn(3, 64)
-    for one, other in ((first, second),):
-        layers = (vlm.model.language_model.layers[0].mlp.up_proj for vlm in (one, other))
-        assert torch.equal(*(layer(states) for layer in layers))
+    layers = (vlm.model.language_model.layers[0].mlp.up_proj for vlm in (first, second))
+    assert torch.equal(*(layer(states) for layer in layers))
+
+
+def test_a_config_that_no_longer_fits_is_refused_though_int8_weights_are_there(folder, int8_cache):
+    paligemma.load(folder, dtype="int8")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PaliGemmaError, match="lacks .* tensors, the first is language_model.model.layers.3"):
+        paligemma.load(folder, dtype="int8")
+
+
+def test_torchs_engine_is_left_as_it_was(int8_cache, monkeypatch):
+    monkeypatch.setattr(torch.backends.quantized, "engine", "onednn")
+    before = list(warnings.filters)
+    vlm = paligemma.load(dtype="int8")
+    assert torch.backends.quantized.engine == "onednn"
+    assert warnings.filters == before
+    assert vlm.generate(EXAMPLES / "cats.png", "caption en") == "2 cats"
 
 
 def test_a_changed_checkpoint_gets_new_int8_weights(folder, int8_cache):
@@ -271,8 +298,28 @@ def test_auto_takes_what_suits_device_and_size(device, parameters, available, bf
     assert checkpoints.choose_dtype(torch.device(device), parameters) == expected
 
 
-def test_the_faster_dtype_is_measured():
-    assert checkpoints.int8_is_faster() in (True, False)
+@pytest.mark.parametrize(("slow", "expected"), [(Int8Linear, False), (torch.nn.Linear, True)])
+def test_the_faster_dtype_is_measured(slow, expected, monkeypatch):
+    forward, clock = slow.forward, SimpleNamespace(now=0.0)
+
+    def take_a_second(layer, states):
+        clock.now += 1.0
+        return forward(layer, states)
+
+    monkeypatch.setattr(slow, "forward", take_a_second)
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    assert checkpoints.int8_is_faster() == expected
+
+
+def test_what_auto_measures_runs_on_the_cores_of_the_container(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(checkpoints, "available_cores", lambda: 1)
+    monkeypatch.setattr(checkpoints, "choose_dtype", lambda *_: seen.append(torch.get_num_threads()) or torch.float32)
+    try:
+        paligemma.load(device="cpu")
+        assert seen == [1]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
