@@ -73,7 +73,7 @@ class GemmaAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KVCache | None,
-        last_only: bool = False,
+        first: int,
     ) -> Tensor:
         batch, length, _ = hidden_states.shape
         states = prepare_for(self.k_proj, hidden_states)
@@ -82,9 +82,10 @@ class GemmaAttention(nn.Module):
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)  # [B, kv_heads, S, head_dim]
 
-        if last_only:
-            length, states = 1, prepare_for(self.q_proj, hidden_states[:, -1:])
-            rotary = rotary[0][-1:], rotary[1][-1:]
+        if first:  # every position is looked at, but only those from here on look
+            length, states = length - first, prepare_for(self.q_proj, hidden_states[:, first:])
+            rotary = rotary[0][first:], rotary[1][first:]
+            mask = None if mask is None else mask[..., first:, :]
         queries = rotate(self.q_proj(states).view(batch, length, -1, self.head_dim), *rotary)
         queries = queries.view(batch, length, self.kv_heads, self.group, self.head_dim).transpose(1, 2)
         queries = queries.reshape(batch, self.kv_heads, length * self.group, self.head_dim)
@@ -126,10 +127,10 @@ class GemmaLayer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KVCache | None,
-        last_only: bool = False,
+        first: int = 0,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cache, last_only)
-        hidden_states = (hidden_states[:, -1:] if last_only else hidden_states) + attended
+        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cache, first)
+        hidden_states = hidden_states[:, first:] + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -161,7 +162,7 @@ class GemmaModel(nn.Module):
         hidden_states: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
-        last_only: bool = False,
+        first: int = 0,
     ) -> Tensor:
         """Run the layers over T positions that follow those in `cache`.
 
@@ -170,10 +171,10 @@ class GemmaModel(nn.Module):
             mask: bool [B, 1, T, T], True where a position may look, or None where every one sees all; without a cache.
             cache: keys and values of the positions before, extended by these T, which see all of them; None when there
                 are none.
-            last_only: nobody asks for other positions than the last, so that the last layer computes no others.
+            first: the first of the T positions that anybody asks for: the last layer computes none before it.
 
         Returns:
-            float [B, T, hidden_size], or [B, 1, hidden_size] with `last_only`, after the last norm.
+            float [B, T - first, hidden_size], after the last norm.
         """
         length = hidden_states.shape[1]
         if cache is None:
@@ -183,7 +184,7 @@ class GemmaModel(nn.Module):
         rotary = self.rotary(positions, hidden_states.dtype)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, rotary, mask, cache)
-        hidden_states = self.layers[-1](hidden_states, rotary, mask, cache, last_only)
+        hidden_states = self.layers[-1](hidden_states, rotary, mask, cache, first)
         if cache is not None:
             cache.advance(length)
         return self.norm(hidden_states)

@@ -37,14 +37,15 @@ class PaliGemma(nn.Module):
         input_ids: Tensor,
         prefix_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """The decoder's last hidden states over whole rows; arguments as for `forward`.
+        """The decoder's last hidden states over whole rows, from the position `first` on; others as for `forward`.
 
         Returns:
-            float [B, T, hidden_size].
+            float [B, T - first, hidden_size].
         """
         mask = prefix_lm_mask(input_ids.shape[1], prefix_lengths, attention_mask)
-        return self.language_model(self._embed(image_features, input_ids), mask)
+        return self.language_model(self._embed(image_features, input_ids), mask, first=first)
 
     def forward(
         self,
@@ -79,7 +80,8 @@ class PaliGemma(nn.Module):
         Returns:
             float32 [B, vocab_size], the logits of the token after the prompt.
         """
-        hidden_states = self.language_model(self._embed(image_features, input_ids), cache=cache, last_only=True)
+        last = input_ids.shape[1] - 1
+        hidden_states = self.language_model(self._embed(image_features, input_ids), cache=cache, first=last)
         return self.language_model.logits(hidden_states[:, -1])
 
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
