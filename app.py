@@ -11,11 +11,12 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 from gradio.utils import get_upload_folder
 from PIL import Image
 
 import paligemma
-from paligemma.annotations import find_detections
+from paligemma.annotations import Detection, find_detections, place_mask
 
 TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
@@ -23,7 +24,7 @@ MAX_PIXELS = 60_000_000
 MAX_PROMPT_TOKENS = 512
 MAX_NEW_TOKENS = 256
 MAX_QUEUE_LENGTH = 32
-MAX_ANNOTATED_SIDE = 1024  # pixels; drawing boxes takes time and memory with the area
+MAX_ANNOTATED_SIDE = 1024  # pixels; drawing marks takes time and memory with the area
 FILES_KEPT_SECONDS = 3600
 STATUS_SECONDS = 0.5  # between two looks at how far the loading is
 
@@ -118,7 +119,7 @@ def build_page(model: Model, about: str) -> gr.Blocks:
                 yield text, _speed(times), gr.skip()
         except paligemma.PaliGemmaError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        yield text, _speed(times) or EMPTY_ANSWER, _annotate(picture, text)
+        yield text, _speed(times) or EMPTY_ANSWER, _annotate(vlm, picture, text)
 
     def show_status() -> tuple:
         go_on = not model.is_loaded  # before the status, so that the last one shown is never of the loading
@@ -217,12 +218,20 @@ def _speed(times: list[float]) -> str:
     return line
 
 
-def _annotate(picture: Image.Image, text: str) -> dict:
-    """The picture with the answer's boxes, shown only if there are any."""
+def _annotate(vlm: paligemma.VisionLanguageModel, picture: Image.Image, text: str) -> dict:
+    """The picture with the answer's masks and boxes, shown only if there are any."""
     picture = picture.copy()
     picture.thumbnail((MAX_ANNOTATED_SIDE, MAX_ANNOTATED_SIDE))
-    marks = [(found.in_pixels(*picture.size), found.label or "object") for found in find_detections(text)]
+    marks = [(_mark(vlm, found, picture.size), found.label or "object") for found in find_detections(text)]
     return gr.update(value=(picture, marks) if marks else None, visible=bool(marks))
+
+
+def _mark(
+    vlm: paligemma.VisionLanguageModel, found: Detection, size: tuple[int, int]
+) -> np.ndarray | tuple[int, int, int, int]:
+    """What `gr.AnnotatedImage` draws of a detection: its mask if it can be decoded, its box otherwise."""
+    mask = vlm.decode_mask(found.codes) if found.codes else None
+    return found.in_pixels(*size) if mask is None else place_mask(mask, found, *size).astype(float)
 
 
 def main() -> None:

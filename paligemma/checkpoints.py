@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from .config import PaliGemmaConfig, PaliGemmaError
 from .generation import VisionLanguageModel, explained_lack_of_memory
+from .mask_decoder import FILE_NAMES as MASK_DECODER_FILES
+from .mask_decoder import MaskDecoder
 from .model import PaliGemma
 from .processor import Processor
 from .quantization import Int8Embedding, Int8Linear, pack, packing, quantize
@@ -31,7 +33,14 @@ from .quantization import is_available as int8_is_available
 
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny"
 INDEX_FILE = "model.safetensors.index.json"
-HUB_FILES = ["config.json", "tokenizer.json", INDEX_FILE, "model.safetensors", "model-*-of-*.safetensors"]
+HUB_FILES = [
+    "config.json",
+    "tokenizer.json",
+    INDEX_FILE,
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    *MASK_DECODER_FILES,
+]
 # How safetensors names what torch calls otherwise.
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
@@ -101,7 +110,7 @@ def load(
         else:
             load_weights(model, weight_files(folder), dtype, device, progress)
     keep_freed_memory()
-    vlm = VisionLanguageModel(model, processor)
+    vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
     if compile:
         vlm.compile()
     return vlm
@@ -218,11 +227,22 @@ def keep_freed_memory() -> None:
     It would give large pieces back to the kernel and fetch them anew, page by page, for each layer's activations: a
     twentieth of the time of a prefill (measured in the 3B shapes, in int8). What loading has freed is given back before.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    give_back_freed_memory()
+    libc = _c_library()
     if hasattr(libc, "mallopt"):
-        libc.malloc_trim(0)
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc, where it is the C library, give the kernel what has been freed since."""
+    libc = _c_library()
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def find_folder(
@@ -239,6 +259,14 @@ def find_folder(
     if folder.is_absolute() or source.startswith((".", "~")) or repository.count("/") != 1:
         raise PaliGemmaError(f"There is no folder {source}; please give a folder or a Hub id such as owner/name.")
     return download(repository, revision or revision_in_source or None, progress)
+
+
+def find_mask_decoder(folder: Path) -> MaskDecoder | None:
+    """The decoder of masks that lies beside a checkpoint, if one does."""
+    for name in MASK_DECODER_FILES:
+        if (folder / name).exists():
+            return MaskDecoder.load(folder / name)
+    return None
 
 
 def download(repository: str, revision: str | None, progress: Progress) -> Path:
@@ -399,6 +427,7 @@ def load_int8_weights(model: PaliGemma, files: list[Path], progress: Progress = 
     except (OSError, PaliGemmaError):  # not there yet, or damaged
         shutil.rmtree(folder, ignore_errors=True)
         write_int8_weights(model, source, folder, progress)
+        give_back_freed_memory()  # packing needs the room
         found = _file_of_each_key(folder)
 
     def put(name: str) -> None:

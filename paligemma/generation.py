@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .config import PaliGemmaConfig, PaliGemmaError
 from .kv_cache import KVCache, StaticKVCache
+from .mask_decoder import MaskDecoder
 from .model import PaliGemma
 from .processor import Processor, open_image
 from .sampling import Sampler, is_number
@@ -79,9 +81,10 @@ class FeatureCache:
 class VisionLanguageModel:
     """A loaded checkpoint: ask it about pictures with `stream` or `generate`."""
 
-    def __init__(self, model: PaliGemma, processor: Processor):
+    def __init__(self, model: PaliGemma, processor: Processor, mask_decoder: MaskDecoder | None = None):
         self.model = model.eval()
         self.processor = processor
+        self.mask_decoder = mask_decoder
         self._features = FeatureCache(MAX_FEATURE_BYTES)
         self._step = self.model.decode
         self._is_compiled = False
@@ -170,6 +173,17 @@ class VisionLanguageModel:
     def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: float | int | None) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
         return "".join(token.text for token in self.stream(image, prompt, **settings))
+
+    @torch.inference_mode()
+    def decode_mask(self, codes: Sequence[int]) -> np.ndarray | None:
+        """The mask that 16 `<seg>` codes stand for, see `annotations.place_mask`.
+
+        Returns:
+            float32 [64, 64], above zero where the object is; None if the checkpoint came without a decoder of masks.
+        """
+        if self.mask_decoder is None:
+            return None
+        return self.mask_decoder(torch.tensor([list(codes)]))[0].numpy()
 
     def _tokens(
         self,

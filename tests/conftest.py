@@ -15,6 +15,7 @@ import pytest
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
+from paligemma.mask_decoder import MaskDecoder
 
 EXAMPLES = Path(__file__).parent.parent / "paligemma" / "examples"
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -24,6 +25,14 @@ BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome
 def tiny() -> paligemma.VisionLanguageModel:
     """The embedded checkpoint."""
     return paligemma.load()
+
+
+@pytest.fixture(scope="session")
+def with_mask_decoder(tiny: paligemma.VisionLanguageModel) -> paligemma.VisionLanguageModel:
+    """The embedded checkpoint beside a decoder of masks that says of everything that it is the object."""
+    decoder = MaskDecoder(codes=128, code_width=8, width=16)
+    decoder.decoder[-1].bias.data.fill_(100)
+    return paligemma.VisionLanguageModel(tiny.model, tiny.processor, decoder)
 
 
 @pytest.fixture(scope="session")

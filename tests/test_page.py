@@ -10,9 +10,11 @@ import threading
 import time
 
 import httpx
+import numpy as np
 import pytest
-from conftest import EXAMPLES, write_png_that_claims
+from conftest import EXAMPLES, Watched, write_png_that_claims
 from gradio_client import Client, handle_file
+from PIL import Image
 from playwright.sync_api import expect
 
 import app
@@ -98,6 +100,40 @@ def test_an_example_fills_picture_and_prompt(open_page, page_address):
     expect(tab.locator("#picture img")).to_be_visible()
     tab.click("#run")
     expect(tab.locator("#boxes")).to_be_visible(timeout=20_000)
+
+
+def test_what_is_segmented_is_drawn_as_a_mask_and_what_is_detected_as_a_box(tiny, with_mask_decoder):
+    picture, box = Image.new("RGB", (300, 200)), "<loc0256><loc0256><loc0768><loc0768>"
+    text = f"{box}{'<seg005>' * 16} cat ; {box} dog"
+    (mask, cat), (corners, dog) = app._annotate(with_mask_decoder, picture, text)["value"][1]
+    assert (cat, dog) == ("cat", "dog")
+    assert mask.shape == (200, 300)
+    assert set(np.unique(mask)) <= {0.0, 1.0}
+    assert mask.any()
+    assert not mask[:50].any(), "nothing above the box"
+    assert not mask[:, :75].any(), "nothing left of it"
+    assert corners == (75, 50, 225, 150)
+
+    marks = app._annotate(tiny, picture, text)["value"][1]
+    assert [mark for mark, _ in marks] == [corners, corners], "without a decoder a mask is drawn as its box"
+
+
+def test_masks_reach_the_page_and_the_client(serve, with_mask_decoder, open_page):
+    class Segmenting(Watched):
+        """Answers every prompt with one mask."""
+
+        def stream(self, *arguments):
+            return iter([paligemma.Token(0, "<loc0256><loc0256><loc0768><loc0768>" + "<seg005>" * 16 + " cat", 1.0)])
+
+    address = serve(Segmenting(with_mask_decoder))
+    tab = open_page(address)
+    upload(tab, PICTURE)
+    tab.click("#run")
+    expect(tab.locator("#boxes")).to_be_visible(timeout=20_000)
+    expect(tab.locator("#boxes").get_by_text("cat")).to_be_visible()
+    *_, drawn = Client(address, verbose=False).predict(handle_file(PICTURE), "segment cat", api_name="/generate")
+    (annotation,) = drawn["value"]["annotations"]
+    assert annotation["label"] == "cat"
 
 
 def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded_address, watched):
