@@ -12,7 +12,7 @@ import paligemma
 from paligemma.checkpoints import canonical_name
 from paligemma.kv_cache import KVCache
 from paligemma.training.batches import collate
-from paligemma.training.losses import answer_loss
+from paligemma.training.losses import NO_LABEL, answer_loss
 
 LOGITS_BOUND = 1e-4
 
@@ -115,13 +115,15 @@ def test_loss_and_gradients_equal_the_reference(load_both):
     ]
     config = vlm.config
     pixel_values = torch.randn(len(pairs), 3, config.vision.image_size, config.vision.image_size)
-    rows = collate(vlm.processor, pixel_values, pairs)
+    rows = collate(vlm.processor, list(range(len(pairs))), pairs)
     assert not rows.attention_mask.all(), "there must be padding"
 
     hidden_states = model.hidden_states(
         model.image_features(pixel_values), rows.input_ids, rows.prefix_lengths, rows.attention_mask
     )
-    loss = answer_loss(hidden_states, rows.labels, model.language_model.logits)
+    # The reference counts every label alike.
+    labelled = (rows.labels != NO_LABEL).float()
+    loss = answer_loss(hidden_states, rows.labels, labelled / labelled.sum(), model.language_model.logits)
     loss.backward()
 
     # The reference wants <eos> among the inputs, and shifts the labels by itself.

@@ -1,4 +1,4 @@
-"""The objects that scenes are made of: openly licensed emoji artwork, fetched with npm and turned into pixels once.
+"""What scenes are made of: openly licensed emoji artwork and fonts, fetched with npm, the drawings made pixels once.
 
 `KINDS` says which drawings are used and what they are called; `STYLES` says whose drawings they are.
 """
@@ -12,6 +12,8 @@ import os
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,10 @@ STYLES = {
     "@iconify-json/emojione@1.2.3": "CC-BY-4.0",
     "@iconify-json/noto-v1@1.2.5": "Apache-2.0",
 }
+
+HELD_OUT_STYLE = 3  # left out while the recipe is judged: an index into `STYLES`
+FONTS = "dejavu-fonts-ttf@2.37.3"  # Bitstream Vera and Arev licences, public domain changes
+FONT_NAMES = ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Bold", "DejaVuSans-BoldOblique")
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,14 @@ class Kind:
             return self.name[:-1] + "ies"
         return self.name + "s"
 
-    @property
-    def with_article(self) -> str:
-        vowel_sound = self.name[0] in "aeiou" and not self.name.startswith("uni")
-        return f"{'an' if vowel_sound else 'a'} {self.name}"
-
 
 _ICON_IS_THE_NAME = """
     fox bear panda koala lion frog penguin duck owl butterfly snail spider turtle snake octopus crab dolphin shark
     elephant banana watermelon lemon pineapple strawberry peach pear carrot mushroom hamburger pizza taco cookie avocado
     croissant lollipop eggplant bus tractor bicycle airplane helicopter rocket sailboat ambulance guitar violin trumpet
     drum house key umbrella balloon basketball watch pencil camera laptop television bell crown hammer bed door cactus
-    sunflower rose star cloud snowman ghost candle trophy
+    sunflower rose star cloud snowman ghost candle trophy camel crocodile eagle gorilla lizard scorpion squid unicorn goat
+    egg motorcycle anchor saxophone telephone envelope backpack ring castle tent shield tulip skull necktie dress
 """
 _ICON_HAS_ANOTHER_NAME = {
     "cat": "cat-face",
@@ -86,6 +88,8 @@ _ICON_HAS_ANOTHER_NAME = {
     "book": "closed-book",
     "tree": "deciduous-tree",
     "gift": "wrapped-gift",
+    "pumpkin": "jack-o-lantern",
+    "hourglass": "hourglass-done",
 }
 KINDS = (
     *(Kind(name, name) for name in _ICON_IS_THE_NAME.split() if name != "snowman"),
@@ -97,34 +101,114 @@ KINDS = (
 )
 
 
-def load_sprites(size: int, cache_folder: Path = CACHE_FOLDER) -> np.ndarray:
-    """Every kind in every style, cropped to what is drawn and scaled so that its longer side fills the square.
+class Sprites:
+    """Every kind in some styles, at halving sizes, so that one is drawn small from a small one.
 
-    Returns:
-        uint8 [kinds, styles, size, size, 4], RGBA, transparent around the object.
+    levels: uint8 [kinds, styles, size, size, 4], RGBA, each half the size of the one before.
+    outline: float32 [kinds, styles, 32, 2], the outermost visible points (x, y) in as many directions, in parts of the
+        square and from its centre: what a turned drawing's box is computed from.
     """
+
+    VISIBLE_ALPHA = 64  # from here on a pixel counts as part of the object
+
+    def __init__(self, pixels: np.ndarray):
+        self.kinds, self.styles = pixels.shape[:2]
+        self.levels = [pixels]
+        while self.levels[-1].shape[2] > 24:
+            self.levels.append(_halve(self.levels[-1]))
+        self.outline = np.stack([[self._outermost(sprite) for sprite in kind] for kind in pixels])
+
+    def __getitem__(self, styles: list[int]) -> Sprites:
+        """The same kinds in fewer styles."""
+        chosen = object.__new__(Sprites)
+        chosen.kinds, chosen.styles = self.kinds, len(styles)
+        chosen.levels = [level[:, styles] for level in self.levels]
+        chosen.outline = self.outline[:, styles]
+        return chosen
+
+    def _outermost(self, sprite: np.ndarray) -> np.ndarray:
+        rows, columns = np.nonzero(sprite[..., 3] >= self.VISIBLE_ALPHA)
+        points = (np.stack([columns, rows], axis=-1) + 0.5) / len(sprite) - 0.5
+        angles = np.arange(32) * (2 * np.pi / 32)
+        furthest = (points @ np.stack([np.cos(angles), np.sin(angles)])).argmax(axis=0)
+        return points[furthest].astype(np.float32)
+
+
+def load_sprites(size: int, cache_folder: Path = CACHE_FOLDER) -> Sprites:
+    """Every kind in every style, cropped to what is drawn and scaled so that its longer side fills the square."""
     cache_folder.mkdir(parents=True, exist_ok=True)
     contents = hashlib.sha256(repr((KINDS, tuple(STYLES))).encode()).hexdigest()[:12]
     cached = cache_folder / f"sprites-{contents}-{size}.npy"
     if not cached.exists():
         styles = [_rasterise_style(package, size) for package in STYLES]
-        unfinished = cached.with_suffix(".tmp.npy")
-        np.save(unfinished, np.stack(styles, axis=1))
-        os.replace(unfinished, cached)
-    return np.load(cached)
+        _write_whole(cached, lambda path: np.save(path, np.stack(styles, axis=1)))
+    return Sprites(np.load(cached))
+
+
+def load_folder(folder: Path, size: int) -> tuple[Sprites, list[int]]:
+    """Drawings in one style that nobody has trained on: `cat.png` or `cat.svg`, named after the kinds.
+
+    Returns:
+        the sprites, blank where there is no drawing, and the indices of the kinds that there are.
+    """
+    pixels, present = np.zeros((len(KINDS), 1, size, size, 4), np.uint8), []
+    for index, kind in enumerate(KINDS):
+        for path in (folder / f"{kind.name}.svg", folder / f"{kind.name}.png"):
+            if path.exists():
+                is_svg = path.suffix == ".svg"
+                picture = _draw_svg(path.read_text(), 2 * size) if is_svg else Image.open(path).convert("RGBA")
+                pixels[index, 0] = _fill_square(picture, size)
+                present.append(index)
+                break
+    if not present:
+        raise FileNotFoundError(f"{folder} holds no drawings: name them after the kinds, such as {KINDS[0].name}.png.")
+    pixels[[index for index in range(len(KINDS)) if index not in present]] = 255
+    return Sprites(pixels), present
+
+
+def load_fonts(cache_folder: Path = CACHE_FOLDER) -> list[Path]:
+    """The files of the fonts that words are painted in."""
+    folder = cache_folder / FONTS
+    paths = [folder / f"{name}.ttf" for name in FONT_NAMES]
+    if not all(path.exists() for path in paths):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _npm_package(FONTS) as tar:
+            for path in paths:
+                font = tar.extractfile(f"package/ttf/{path.name}").read()
+                _write_whole(path, lambda unfinished, font=font: unfinished.write_bytes(font))
+    return paths
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Through a file of another name, so that an interruption leaves no half of one."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def _halve(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [..., size, size, 4] to half the size; transparent pixels lend no colour to their neighbours."""
+    size = pixels.shape[-2] // 2
+    alpha = pixels[..., 3:].astype(np.float32)
+    weighted = np.concatenate([pixels[..., :3] * alpha, alpha], axis=-1)
+    means = weighted.reshape(*pixels.shape[:-3], size, 2, size, 2, 4).mean((-4, -2))
+    means[..., :3] /= np.maximum(means[..., 3:], 1e-3)
+    return np.clip(np.round(means), 0, 255).astype(np.uint8)
 
 
 def _rasterise_style(package: str, size: int) -> np.ndarray:
-    icons = _fetch_icons(package)
-    return np.stack([_rasterise(_svg(icons, kind.icon), size) for kind in KINDS])
+    with _npm_package(package) as tar:
+        icons = json.load(tar.extractfile("package/icons.json"))
+    # Twice the size, so that cropping and shrinking leave no blur.
+    return np.stack([_fill_square(_draw_svg(_svg(icons, kind.icon), 2 * size), size) for kind in KINDS])
 
 
-def _fetch_icons(package: str) -> dict:
+@contextmanager
+def _npm_package(package: str) -> Iterator[tarfile.TarFile]:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        archive = next(Path(folder).glob("*.tgz"))
-        with tarfile.open(archive) as tar:
-            return json.load(tar.extractfile("package/icons.json"))
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as tar:
+            yield tar
 
 
 def _svg(icons: dict, name: str) -> str:
@@ -136,16 +220,17 @@ def _svg(icons: dict, name: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
 
 
-def _rasterise(svg: str, size: int) -> np.ndarray:
+def _draw_svg(svg: str, size: int) -> Image.Image:
     import resvg_py  # only here: the sprites are usually in the cache already
 
-    # Twice the size, so that cropping and shrinking leave no blur.
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size)
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)))).convert("RGBA")
+
+
+def _fill_square(picture: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size, size, 4]: what is drawn, its longer side as long as the square's, in the middle."""
     picture = picture.crop(picture.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox())
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     picture = picture.resize(
-        [round(side * size / max(picture.size)) for side in picture.size], Image.Resampling.LANCZOS
+        [max(1, round(side * size / max(picture.size))) for side in picture.size], Image.Resampling.LANCZOS
     )
     square = Image.new("RGBA", (size, size))
     square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))

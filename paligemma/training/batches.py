@@ -1,9 +1,9 @@
-"""Endless batches of scenes with their questions and answers, drawn afresh in a process of their own."""
+"""Endless batches of scenes with the truth about them, drawn afresh in a process of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,111 +11,125 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..processor import Processor
-from .artwork import KINDS
 from .losses import NO_LABEL
-from .scenes import MAX_OBJECTS, Scene, choose_kinds, draw_crop, draw_scene
+from .mask_codec import MaskCodec, fit_mask
+from .patches import PatchLabels, label_patches
+from .scenes import Painter, Scene
 from .tasks import prompts_and_answers
+
+SHORT = 6  # tokens, as one box has
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Pictures, and several rows of prompt and answer for each.
+    """Rows of prompt and answer about some pictures.
 
-    pixel_values: float32 [P, 3, H, W]; the others have R rows, R / P consecutive ones on the same picture.
+    pictures: int64 [R], which picture each row is about.
     input_ids: int64 [R, T], right-padded. labels: int64 [R, T], the next token or `NO_LABEL`.
-    prefix_lengths: int64 [R]. attention_mask: bool [R, T].
+    weights: float32 [R, T], how much each label counts. prefix_lengths: int64 [R]. attention_mask: bool [R, T].
+    first: no label is before this position.
     """
 
-    pixel_values: Tensor
+    pictures: Tensor
     input_ids: Tensor
     labels: Tensor
+    weights: Tensor
     prefix_lengths: Tensor
     attention_mask: Tensor
+    first: int
 
 
-def collate(processor: Processor, pixel_values: Tensor, pairs: list[tuple[str, str]]) -> Rows:
-    """Rows of prompt, answer and `<eos>` for teacher forcing; the prompt and the padding carry no label."""
+def collate(processor: Processor, pictures: list[int], pairs: list[tuple[str, str]]) -> Rows:
+    """Rows of prompt, answer and `<eos>` for teacher forcing; the prompt and the padding carry no label.
+
+    A label counts by one over the square root of how many its row has: otherwise long answers would be all that
+    matters, and with one over their number a coordinate would count for nothing beside a `yes`. Of short answers all count
+    alike, since else the `<eos>` of an empty one would outweigh the first coordinate of a box, and be said too often.
+    """
     config = processor.config
     prefixes = [processor.input_ids(prompt) for prompt, _ in pairs]
     answers = [processor.tokenizer.encode(answer, add_special_tokens=False).ids for _, answer in pairs]
     lengths = [len(prefix) + len(answer) for prefix, answer in zip(prefixes, answers)]
     input_ids = torch.full((len(pairs), max(lengths)), config.pad_token_id)
-    labels = torch.full_like(input_ids, NO_LABEL)
+    labels, weights = torch.full_like(input_ids, NO_LABEL), torch.zeros(input_ids.shape)
     for row, (prefix, answer, length) in enumerate(zip(prefixes, answers, lengths)):
         input_ids[row, :length] = torch.tensor(prefix + answer)
         labels[row, len(prefix) - 1 : length] = torch.tensor([*answer, config.eos_token_ids[0]])
+        weights[row, len(prefix) - 1 : length] = max(len(answer) + 1, SHORT) ** -0.5
     return Rows(
-        pixel_values=pixel_values,
+        pictures=torch.tensor(pictures),
         input_ids=input_ids,
         labels=labels,
+        weights=weights,
         prefix_lengths=torch.tensor([len(prefix) for prefix in prefixes]),
         attention_mask=torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None],
+        first=min(map(len, prefixes)) - 1,
     )
 
 
-class SceneBatches(IterableDataset):
-    """Endless `Rows`; `max_objects`, a shared int64 scalar, may be raised while they are drawn."""
-
-    def __init__(self, processor: Processor, sprites: np.ndarray, pictures: int, max_objects: Tensor, seed: int):
-        self.processor, self.sprites, self.pictures = processor, sprites, pictures
-        self.max_objects, self.seed = max_objects, seed
-
-    def __iter__(self) -> Iterator[Rows]:
-        rng = np.random.default_rng(self.seed)
-        size = self.processor.config.vision.image_size
-        while True:
-            counts = rng.integers(1, self.max_objects.item() + 1, self.pictures)
-            scenes = [draw_scene(rng, self.sprites, size, choose_kinds(rng, count)) for count in counts]
-            pixel_values = torch.cat([self.processor.pixel_values(scene.image) for scene in scenes])
-            pairs = [pair for scene in scenes for pair in prompts_and_answers(rng, scene)]
-            yield collate(self.processor, pixel_values, pairs)
-
-
-class CropBatches(IterableDataset):
-    """Endless pairs of pixel values, float32 [P, 3, size, size], and kinds, int64 [P], of single objects."""
-
-    def __init__(self, processor: Processor, sprites: np.ndarray, pictures: int, size: int, seed: int):
-        self.processor, self.sprites, self.pictures = processor, sprites, pictures
-        self.size, self.seed = size, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = np.random.default_rng(self.seed)
-        while True:
-            crops = [draw_crop(rng, self.sprites, self.size) for _ in range(self.pictures)]
-            pixel_values = torch.cat([self.processor.normalise(image) for image, _ in crops])
-            yield pixel_values, torch.tensor([kind for _, kind in crops])
-
-
 class PatchBatches(IterableDataset):
-    """Endless pairs of pixel values, float32 [P, 3, H, W], of scenes, and what each patch shows, int64 [P, patches].
+    """Endless pairs of pixel values, float32 [P, 3, H, W], and `PatchLabels`.
 
-    What it shows is the kind of the object whose box holds its centre, or `len(KINDS)` where there is none.
+    Scenes have up to `max_objects`, a shared int64 scalar that may be raised while they are drawn.
     """
 
-    def __init__(self, processor: Processor, sprites: np.ndarray, pictures: int, seed: int):
-        self.processor, self.sprites, self.pictures, self.seed = processor, sprites, pictures, seed
+    def __init__(
+        self, processor: Processor, painter: Painter, codec: MaskCodec, pictures: int, max_objects: Tensor, seed: int
+    ):
+        self.processor, self.painter, self.codec, self.pictures = processor, painter, codec, pictures
+        self.max_objects, self.seed = max_objects, seed
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, PatchLabels]]:
         rng = np.random.default_rng(self.seed)
-        size = self.processor.config.vision.image_size
         while True:
-            counts = rng.integers(1, MAX_OBJECTS + 1, self.pictures)
-            scenes = [draw_scene(rng, self.sprites, size, choose_kinds(rng, count)) for count in counts]
-            pixel_values = torch.cat([self.processor.normalise(scene.image) for scene in scenes])
-            yield pixel_values, torch.stack([self.kinds_of_patches(scene) for scene in scenes])
+            scenes, codes = self._draw(rng)
+            yield self._pixels_and_labels(scenes, codes)
 
-    def kinds_of_patches(self, scene: Scene) -> Tensor:
+    def _draw(self, rng: np.random.Generator) -> tuple[list[Scene], list[dict[int, list[int]]]]:
+        size = self.processor.config.vision.image_size
+        counts = rng.integers(1, self.max_objects.item() + 1, self.pictures)
+        scenes = [self.painter.random_scene(rng, size, count) for count in counts]
+        return scenes, encode_masks(self.codec, scenes)
+
+    def _pixels_and_labels(self, scenes: list[Scene], codes: list[dict[int, list[int]]]) -> tuple[Tensor, PatchLabels]:
         vision = self.processor.config.vision
-        side = vision.image_size // vision.patch_size
-        centres = (torch.arange(side) + 0.5) / side
-        kinds = torch.full((side, side), len(KINDS))
-        for thing in scene.objects:
-            y_min, x_min, y_max, x_max = thing.box
-            rows, columns = (centres > y_min) & (centres < y_max), (centres > x_min) & (centres < x_max)
-            kinds[rows[:, None] & columns] = thing.kind
-        return kinds.flatten()
+        pixel_values = torch.cat([self.processor.normalise(scene.image) for scene in scenes])
+        return pixel_values, label_patches(scenes, codes, vision.image_size // vision.patch_size)
+
+
+class SceneBatches(PatchBatches):
+    """As `PatchBatches`, with a third element: rows of all tasks, the short half and the long half of them."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, PatchLabels, list[Rows]]]:
+        rng = np.random.default_rng(self.seed)
+        while True:
+            scenes, codes = self._draw(rng)
+            asked = [
+                (picture, pair)
+                for picture, scene in enumerate(scenes)
+                for pair in prompts_and_answers(rng, scene, codes[picture], self.painter.kinds)
+            ]
+            # Apart, because a row is padded to the longest of its half.
+            asked.sort(key=lambda item: len(self.processor.tokenizer.encode(" ".join(item[1])).ids))
+            middle = len(asked) // 2
+            halves = [collate(self.processor, *map(list, zip(*half))) for half in (asked[:middle], asked[middle:])]
+            yield *self._pixels_and_labels(scenes, codes), halves
+
+
+@torch.inference_mode()
+def encode_masks(codec: MaskCodec, scenes: list[Scene]) -> list[dict[int, list[int]]]:
+    """For each scene, the mask codes of each object by its owner."""
+    masks = [fit_mask(scene.mask(thing)) for scene in scenes for thing in scene.objects]
+    codes = iter(codec.encode(torch.stack(masks)).tolist())
+    return [{thing.owner: next(codes) for thing in scene.objects} for scene in scenes]
 
 
 def in_background(batches: IterableDataset) -> Iterator:
     """Draw in one other process, so that drawing and computing overlap."""
     return iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+def move(batch: PatchLabels | Rows, device: torch.device) -> PatchLabels | Rows:
+    """All tensors of a batch to a device."""
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})

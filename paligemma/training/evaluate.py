@@ -1,34 +1,202 @@
-"""How good a checkpoint is on fresh scenes: `python -m paligemma.training.evaluate [--model FOLDER]`.
-
-Prints a table, by number of objects and for all scenes together.
-"""
+"""How good a checkpoint is on fresh scenes: what it is asked, and how its answers are scored."""
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 
 import numpy as np
+import torch
 
-from ..annotations import Detection, find_detections
-from ..checkpoints import load
+from ..annotations import Detection, find_detections, place_mask
 from ..generation import VisionLanguageModel
-from .artwork import KINDS, load_sprites
-from .scenes import MAX_OBJECTS, Scene, choose_kinds, draw_scene
-from .tasks import CAPTION_PROMPT, caption, count_prompt, detect_prompt
+from ..kv_cache import KVCache
+from .artwork import KINDS
+from .scenes import MAX_OBJECTS, Painter, Scene
+from .tasks import (
+    BACKGROUND_PROMPT,
+    CAPTION_PROMPT,
+    DESCRIBE_PROMPT,
+    DIRECTIONS,
+    LARGEST_PROMPT,
+    OCR_PROMPT,
+    caption,
+    count_prompt,
+    description,
+    detect_prompt,
+    largest,
+    neighbour,
+    neighbour_prompt,
+    presence_prompt,
+    segment_prompt,
+)
 
-SPRITE_SIZE = 320
 SCENE_SIZE = 448  # as a visitor would give it: larger than what the model sees
 SEED = 20_000_000  # far from the seeds of training
 IOU_TO_MATCH = 0.5
+SCENES_AT_ONCE = 100
+MAX_NEW_TOKENS = 160
 
 PLURALS = {kind.plural: kind.name for kind in KINDS}
+# What a figure is called, in the order of the table.
+FIGURES = (
+    "caption: exactly right",
+    "caption: kinds, intersection over union",
+    "describe: exactly right",
+    "how many, kind present",
+    "how many, kind absent",
+    "is there, kind present",
+    "is there, kind absent",
+    "what is left of, right of, above, below",
+    "how many / is there / where",
+    "what is the largest object",
+    "what color is the background",
+    "detect: F1 at IoU 0.5",
+    "detect: nothing of an absent kind",
+    "segment: mean IoU of masks of found objects",
+    "segment: share of objects found",
+    "ocr: word exactly right",
+)
+
+
+@torch.inference_mode()
+def answer_all(vlm: VisionLanguageModel, scenes: list[Scene], asked: list[tuple[int, str]]) -> list[str]:
+    """What `vlm.generate` answers to each (number of the scene, prompt), many at a time."""
+    pixel_values = torch.cat([vlm.processor.pixel_values(scene.image) for scene in scenes])
+    features = vlm.model.image_features(pixel_values.to(vlm.device, vlm.dtype))
+    by_length: dict[int, list[int]] = defaultdict(list)
+    prompts = [vlm.processor.input_ids(prompt) for _, prompt in asked]
+    for number, ids in enumerate(prompts):
+        by_length[len(ids)].append(number)  # rows of a batch share one cache, and so their length
+    answers = [""] * len(asked)
+    for numbers in by_length.values():
+        for start in range(0, len(numbers), SCENES_AT_ONCE):
+            batch = numbers[start : start + SCENES_AT_ONCE]
+            pictures = torch.tensor([asked[number][0] for number in batch])
+            input_ids = torch.tensor([prompts[number] for number in batch], device=vlm.device)
+            for number, answer in zip(batch, _greedy(vlm, features[pictures], input_ids)):
+                answers[number] = answer
+    return answers
+
+
+def _greedy(vlm: VisionLanguageModel, features: torch.Tensor, input_ids: torch.Tensor) -> list[str]:
+    rows, length = input_ids.shape
+    cache = KVCache(vlm.config.text, rows, length + MAX_NEW_TOKENS, vlm.dtype, vlm.device)
+    next_ids = vlm.model.prefill(features, input_ids, cache).argmax(-1)
+    written = [next_ids]
+    ended = torch.isin(next_ids, torch.tensor(vlm.config.eos_token_ids))
+    while not ended.all() and len(written) < MAX_NEW_TOKENS:
+        next_ids = vlm.model.decode(next_ids[:, None], cache).argmax(-1)
+        written.append(next_ids)
+        ended |= torch.isin(next_ids, torch.tensor(vlm.config.eos_token_ids))
+    answers = []
+    for row in torch.stack(written, dim=1).tolist():
+        end = next((place for place, id in enumerate(row) if id in vlm.config.eos_token_ids), len(row))
+        answers.append(vlm.processor.tokenizer.decode(row[:end], skip_special_tokens=False))
+    return answers
+
+
+def draw_scenes(painter: Painter, count: int, size: int = SCENE_SIZE) -> list[Scene]:
+    """Fresh scenes of one to six objects, as many of each."""
+    rng = np.random.default_rng(SEED)
+    return [painter.random_scene(rng, size, number % MAX_OBJECTS + 1) for number in range(count)]
+
+
+class Scores:
+    """Sums over scenes, and the figures made of them."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
+
+    def add(self, name: str, value: float, of: float = 1.0) -> None:
+        self.sums[name] += value
+        self.counts[name] += of
+
+    def figures(self) -> dict[str, float]:
+        """By the names of `FIGURES`, those that something was asked for."""
+        return {name: self.sums[name] / self.counts[name] for name in FIGURES if self.counts[name]}
+
+
+def evaluate(vlm: VisionLanguageModel, painter: Painter, scenes: list[Scene]) -> dict[int, Scores]:
+    """Ask every task about every scene; the scores by the number of objects, and of all scenes under 0."""
+    scores: dict[int, Scores] = defaultdict(Scores)
+    rng = np.random.default_rng(SEED)
+    for start in range(0, len(scenes), SCENES_AT_ONCE):
+        some = scenes[start : start + SCENES_AT_ONCE]
+        questions = [(number, *question) for number, scene in enumerate(some) for question in _ask(rng, scene, painter)]
+        answers = answer_all(vlm, some, [(number, prompt) for number, prompt, _, _ in questions])
+        for (number, _, figure, expected), answer in zip(questions, answers):
+            for group in (len(some[number].objects), 0):
+                _score(scores[group], vlm, some[number], figure, expected, answer)
+    return dict(sorted(scores.items()))
+
+
+def _ask(rng: np.random.Generator, scene: Scene, painter: Painter) -> list[tuple[str, str, object]]:
+    """(prompt, figure, what is expected): a text, or the kind whose objects are to be found."""
+    present = sorted({thing.kind for thing in scene.objects})
+    absent = int(rng.choice([kind for kind in painter.kinds if kind not in present]))
+    one = int(rng.choice(present))
+    direction = str(rng.choice(list(DIRECTIONS)))
+    questions = [
+        (CAPTION_PROMPT, "caption: exactly right", caption(scene)),
+        (DESCRIBE_PROMPT, "describe: exactly right", description(scene)),
+        (count_prompt(one), "how many, kind present", str(scene.count(one))),
+        (count_prompt(absent), "how many, kind absent", "0"),
+        (presence_prompt(one), "is there, kind present", "yes"),
+        (presence_prompt(absent), "is there, kind absent", "no"),
+        (BACKGROUND_PROMPT, "what color is the background", scene.background),
+        (detect_prompt(absent), "detect: nothing of an absent kind", ""),
+        (segment_prompt(one), "segment: mean IoU of masks of found objects", one),
+        *((detect_prompt(kind), "detect: F1 at IoU 0.5", kind) for kind in present),
+    ]
+    if (place := neighbour(scene, direction, one)) is not None:
+        questions.append((neighbour_prompt(direction, one), "what is left of, right of, above, below", place))
+    if (kind := largest(scene)) is not None:
+        questions.append((LARGEST_PROMPT, "what is the largest object", kind))
+    if scene.word:
+        questions.append((OCR_PROMPT, "ocr: word exactly right", scene.word))
+    return questions
+
+
+def _score(scores: Scores, vlm: VisionLanguageModel, scene: Scene, figure: str, expected: object, answer: str) -> None:
+    if figure.startswith(("detect: F1", "segment")):
+        things = [thing for thing in scene.objects if thing.kind == expected]
+        found = [box for box in find_detections(answer) if box.label == KINDS[expected].name]
+        pairs = match(found, [thing.box for thing in things])
+        if figure.startswith("detect"):
+            said = answer.count(";") + bool(answer)  # broken ones and wrong names count as errors
+            scores.add(figure, 2 * len(pairs), of=said + len(things))
+            return
+        scores.add("segment: share of objects found", len(pairs), of=len(things))
+        for one, other in pairs:
+            scores.add(figure, _mask_iou(vlm, scene, found[one], scene.mask(things[other]), things[other].box))
+        return
+    scores.add(figure, answer == expected)
+    if figure.startswith("caption"):
+        named, true = kinds_of(answer), {KINDS[thing.kind].name for thing in scene.objects}
+        scores.add("caption: kinds, intersection over union", len(named & true) / len(named | true))
+    if figure.startswith(("how many", "is there", "what is left")):
+        scores.add("how many / is there / where", answer == expected)
+
+
+def _mask_iou(
+    vlm: VisionLanguageModel, scene: Scene, detection: Detection, mask: np.ndarray, box: tuple[float, ...]
+) -> float:
+    """Of a detection's mask, nothing if it has none, and the true one in its box."""
+    size = scene.image.width
+    if not detection.codes:
+        return 0.0
+    said = place_mask(vlm.decode_mask(detection.codes), detection, size, size)
+    true = np.zeros((size, size), bool)
+    top, left = round(box[0] * size), round(box[1] * size)
+    true[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    return (said & true).sum() / (said | true).sum()
 
 
 def kinds_of(text: str) -> set[str]:
-    """The kinds that a caption names: `2 cats and an apple` gives cat and apple."""
+    """The kinds that a caption names: `2 cats and an apple on a blue background` gives cat and apple."""
     kinds = set()
-    for part in text.replace(" and ", ", ").split(", "):
+    for part in text.rpartition(" on ")[0].replace(" and ", ", ").split(", "):
         _, _, name = part.strip().partition(" ")
         kinds.add(PLURALS.get(name, name))
     return kinds - {""}
@@ -44,80 +212,12 @@ def intersection_over_union(one: tuple[float, ...], other: tuple[float, ...]) ->
     return height * width / (sum(areas) - height * width)
 
 
-def count_matches(found: list[Detection], true_boxes: list[tuple[float, ...]]) -> int:
-    """How many true boxes are found, each by a box of its own."""
-    free, matches = list(true_boxes), 0
-    for detection in found:
-        best = max(free, key=lambda box: intersection_over_union(box, detection.box), default=None)
-        if best is not None and intersection_over_union(best, detection.box) >= IOU_TO_MATCH:
+def match(found: list[Detection], true_boxes: list[tuple[float, ...]]) -> list[tuple[int, int]]:
+    """Pairs of indices of detections and of true boxes that overlap enough, each used once."""
+    free, pairs = set(range(len(true_boxes))), []
+    for number, detection in enumerate(found):
+        best = max(free, key=lambda index: intersection_over_union(true_boxes[index], detection.box), default=None)
+        if best is not None and intersection_over_union(true_boxes[best], detection.box) >= IOU_TO_MATCH:
             free.remove(best)
-            matches += 1
-    return matches
-
-
-class Scores:
-    """Sums over scenes, and the figures made of them."""
-
-    def __init__(self):
-        self.sums: dict[str, float] = defaultdict(float)
-
-    def add(self, vlm: VisionLanguageModel, scene: Scene, rng: np.random.Generator) -> None:
-        present = {thing.kind for thing in scene.objects}
-        self.sums["scenes"] += 1
-        answer = vlm.generate(scene.image, CAPTION_PROMPT)
-        named, true = kinds_of(answer), {KINDS[kind].name for kind in present}
-        self.sums["caption exact"] += answer == caption(scene)
-        self.sums["caption kinds"] += len(named & true) / len(named | true)
-        absent = int(rng.choice([kind for kind in range(len(KINDS)) if kind not in present]))
-        for kind in present:
-            self.sums["counts"] += 1
-            self.sums["count right"] += vlm.generate(scene.image, count_prompt(kind)) == str(scene.count(kind))
-            answer = vlm.generate(scene.image, detect_prompt(kind))
-            found = [box for box in find_detections(answer) if box.label == KINDS[kind].name]
-            boxes = [thing.box for thing in scene.objects if thing.kind == kind]
-            self.sums["boxes said"] += answer.count(";") + bool(answer)  # broken ones and wrong names count as errors
-            self.sums["boxes true"] += len(boxes)
-            self.sums["boxes matched"] += count_matches(found, boxes)
-        self.sums["absent counted 0"] += vlm.generate(scene.image, count_prompt(absent)) == "0"
-        self.sums["absent not detected"] += vlm.generate(scene.image, detect_prompt(absent)) == ""
-
-    def figures(self) -> dict[str, float]:
-        sums = self.sums
-        return {
-            "scenes": sums["scenes"],
-            "caption exactly right": sums["caption exact"] / sums["scenes"],
-            "caption kinds, intersection over union": sums["caption kinds"] / sums["scenes"],
-            "count right, kind present": sums["count right"] / sums["counts"],
-            "count right, kind absent": sums["absent counted 0"] / sums["scenes"],
-            "detect, F1 at IoU 0.5": 2 * sums["boxes matched"] / (sums["boxes said"] + sums["boxes true"]),
-            "detect says nothing of an absent kind": sums["absent not detected"] / sums["scenes"],
-        }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint folder; the embedded one if left out")
-    parser.add_argument("--scenes", type=int, default=500)
-    arguments = parser.parse_args()
-    vlm, sprites = load(arguments.model), load_sprites(SPRITE_SIZE)
-    rng = np.random.default_rng(SEED)
-    by_count: dict[int, Scores] = defaultdict(Scores)
-    everything = Scores()
-    for number in range(arguments.scenes):
-        scene = draw_scene(rng, sprites, SCENE_SIZE, choose_kinds(rng, number % MAX_OBJECTS + 1))
-        by_count[len(scene.objects)].add(vlm, scene, rng)
-    for scores in by_count.values():
-        for name, value in scores.sums.items():
-            everything.sums[name] += value
-
-    columns = {f"{count} object{'s' * (count > 1)}": by_count[count] for count in sorted(by_count)}
-    columns["all"] = everything
-    print("| | " + " | ".join(columns) + " |")
-    print("| --- |" + " ---: |" * len(columns))
-    for name in everything.figures():
-        cells = [scores.figures()[name] for scores in columns.values()]
-        print(f"| {name} | " + " | ".join(f"{cell:.3f}" if cell <= 1 else f"{cell:.0f}" for cell in cells) + " |")
-
-
-if __name__ == "__main__":
-    main()
+            pairs.append((number, best))
+    return pairs

@@ -4,38 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NO_LABEL = -100
 
 
-def answer_loss(hidden_states: Tensor, labels: Tensor, output_layer: Callable[[Tensor], Tensor]) -> Tensor:
-    """Teacher forcing: the mean negative log-likelihood, in nats, of each answer token given all true ones before it.
+def answer_loss(
+    hidden_states: Tensor, labels: Tensor, weights: Tensor, output_layer: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Teacher forcing: the weighted sum of the negative log-likelihoods of each answer token given all true ones before.
 
     Args:
         hidden_states: float [B, T, width], the decoder's last.
         labels: int64 [B, T], at each position the next token, `NO_LABEL` where the next token is not of the answer.
+        weights: float [B, T].
         output_layer: maps float [N, width] to logits [N, vocab]; it is run on labelled positions only.
-
-    Returns:
-        float scalar.
-    """
-    labelled = labels != NO_LABEL
-    return F.cross_entropy(output_layer(hidden_states[labelled]).float(), labels[labelled])
-
-
-def cosine_classification_loss(features: Tensor, classes: Tensor, scale: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy over the cosines between each feature and one vector a class.
-
-    Args:
-        features: float [B, width].
-        classes: float [classes, width].
-        scale: float scalar, the logarithm of the factor that the cosines are multiplied by.
-        targets: int64 [B].
 
     Returns:
         float scalar, in nats.
     """
-    cosines = F.normalize(features, dim=-1) @ F.normalize(classes, dim=-1).T
-    return F.cross_entropy(cosines * scale.exp(), targets)
+    labelled = labels != NO_LABEL
+    losses = F.cross_entropy(output_layer(hidden_states[labelled]).float(), labels[labelled], reduction="none")
+    return (losses * weights[labelled]).sum()
+
+
+def siglip_loss(pictures: Tensor, texts: Tensor, temperature: Tensor, bias: Tensor, chunk_size: int = 256) -> Tensor:
+    """Every picture with every text is a yes-or-no question of its own (SigLIP, arXiv 2303.15343, algorithm 1).
+
+    Minus the sum of log-sigmoid(label * (exp(temperature) * cosine + bias)), divided by the batch size; the label is 1
+    for a picture and its own text and -1 for all others. Texts come in chunks, so that memory grows with the batch
+    and not with its square.
+
+    Args:
+        pictures, texts: float [B, width], not normalised.
+        temperature, bias: float scalars, learnt.
+
+    Returns:
+        float scalar, in nats.
+    """
+    pictures, texts = F.normalize(pictures, dim=-1), F.normalize(texts, dim=-1)
+    total = pictures.new_zeros(())
+    for start in range(0, len(texts), chunk_size):
+        chunk = texts[start : start + chunk_size]
+        logits = pictures @ chunk.T * temperature.exp() + bias  # [B, chunk]
+        labels = torch.full_like(logits, -1)
+        labels[start : start + len(chunk)].fill_diagonal_(1)
+        total = total - F.logsigmoid(labels * logits).sum()
+    return total / len(pictures)
+
+
+def clip_loss(pictures: Tensor, texts: Tensor, temperature: Tensor) -> Tensor:
+    """Which text belongs to this picture, and which picture to this text (CLIP, arXiv 2103.00020, figure 3).
+
+    The mean of the two cross-entropies, in nats; arguments as for `siglip_loss`.
+    """
+    logits = F.normalize(pictures, dim=-1) @ F.normalize(texts, dim=-1).T * temperature.exp()
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

@@ -5,63 +5,224 @@ from __future__ import annotations
 import numpy as np
 
 from .artwork import KINDS
-from .scenes import Scene
+from .colours import COLOURS
+from .scenes import MAX_OBJECTS, Scene, SceneObject
 
 CAPTION_PROMPT = "caption en"
+DESCRIBE_PROMPT = "describe en"
+OCR_PROMPT = "ocr"
+BACKGROUND_PROMPT = "answer en what color is the background?"
+LARGEST_PROMPT = "answer en what is the largest object?"
 # Boxes are told in 1024ths, but a pixel of the small picture is nine of them: steps of eight lose nothing.
 LOC_STEP = 8
-ASK_ABOUT_ABSENT = 0.2  # how often a question is about a kind that is not there
+ASK_ABOUT_ABSENT = 0.08  # how often a question is about a kind that is not there
+LARGE, SMALL = 0.16, 0.06  # of the picture's area: from and up to which a box is called so
+CLEARLY_LARGER = 1.25  # times the area of the second largest box
+CLEARLY_BESIDE = 0.05  # of the picture: less is not asked about
+# Where a neighbour is: the question's words, the axis (0: y, 1: x) and the way along it.
+DIRECTIONS = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}
+PLACES = (
+    ("in the top left corner", "at the top", "in the top right corner"),
+    ("on the left", "in the middle", "on the right"),
+    ("in the bottom left corner", "at the bottom", "in the bottom right corner"),
+)
 
 
 def caption(scene: Scene) -> str:
-    """Kinds with their counts, from left to right by first appearance: `2 cats, an apple and a guitar`."""
-    kinds = dict.fromkeys(thing.kind for thing in sorted(scene.objects, key=lambda thing: thing.box[1]))
+    """Kinds with their counts, from left to right by first appearance: `2 cats and a guitar on a blue background`."""
+    kinds = dict.fromkeys(thing.kind for thing in _from_left_to_right(scene))
     parts = []
     for kind in kinds:
         count = scene.count(kind)
-        parts.append(KINDS[kind].with_article if count == 1 else f"{count} {KINDS[kind].plural}")
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+        parts.append(_with_article(KINDS[kind].name) if count == 1 else f"{count} {KINDS[kind].plural}")
+    return f"{_list(parts)} on {_with_article(scene.background)} background"
+
+
+def description(scene: Scene) -> str:
+    """Each object from left to right, how large, of which colour and where: `a large red apple on the left and …`."""
+    parts = []
+    for thing in _from_left_to_right(scene):
+        y_min, x_min, y_max, x_max = thing.box
+        area = (y_max - y_min) * (x_max - x_min)
+        size = "large" if area >= LARGE else "small" if area <= SMALL else None
+        phrase = " ".join(filter(None, (size, thing.colour, KINDS[thing.kind].name)))
+        row, column = (min(2, int(1.5 * (low + high))) for low, high in ((y_min, y_max), (x_min, x_max)))
+        parts.append(f"{_with_article(phrase)} {PLACES[row][column]}")
+    return f"{_list(parts)} on {_with_article(scene.background)} background"
 
 
 def count_prompt(kind: int) -> str:
     return f"answer en how many {KINDS[kind].plural} are there?"
 
 
-def detect_prompt(kind: int) -> str:
-    return f"detect {KINDS[kind].name}"
+def presence_prompt(kind: int) -> str:
+    return f"answer en is there {_with_article(KINDS[kind].name)}?"
 
 
-def detections(scene: Scene, kind: int) -> str:
-    """Four loc tokens and the name for each object of a kind, in reading order; empty when there is none."""
-    boxes = [thing.box for thing in scene.objects if thing.kind == kind]
-    return " ; ".join("".join(_loc(side) for side in box) + f" {KINDS[kind].name}" for box in boxes)
+def neighbour_prompt(direction: str, kind: int) -> str:
+    return f"answer en what is {direction} the {KINDS[kind].name}?"
 
 
-def prompts_and_answers(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
-    """One row a task for a scene: its caption, one count, one detection."""
-    counted, detected = _kind_to_ask_about(rng, scene), _kind_to_ask_about(rng, scene)
-    return [
-        (CAPTION_PROMPT, caption(scene)),
+def neighbour(scene: Scene, direction: str, kind: int) -> str | None:
+    """The kind of the object nearest in a direction; None where the question has no clear answer.
+
+    It is asked only about the one object of a kind. An object lies left of it if its centre does and is further away
+    sideways than up or down; for the answer to be clear no object is near the border of that, and all that lie there
+    are of one kind. Where none lies there, the answer is `nothing`.
+    """
+    if scene.count(kind) != 1:
+        return None
+    axis, way = DIRECTIONS[direction]
+    (origin,) = (_centre(thing) for thing in scene.objects if thing.kind == kind)
+    found = set()
+    for thing in scene.objects:
+        if thing.kind == kind:
+            continue
+        offset = _centre(thing) - origin
+        along, aside = way * offset[axis], abs(offset[1 - axis])
+        if along > 0 and abs(along - aside) < CLEARLY_BESIDE:
+            return None
+        if along > aside:
+            found.add(KINDS[thing.kind].name)
+    if len(found) > 1:
+        return None
+    return found.pop() if found else "nothing"
+
+
+def largest(scene: Scene) -> str | None:
+    """The kind of the largest object, by its box; None where it is not clear."""
+    areas = {}
+    for thing in scene.objects:
+        y_min, x_min, y_max, x_max = thing.box
+        areas[thing.kind] = max(areas.get(thing.kind, 0), (y_max - y_min) * (x_max - x_min))
+    first, *others = sorted(areas, key=areas.get, reverse=True)
+    if others and areas[first] < CLEARLY_LARGER * areas[others[0]]:
+        return None
+    return KINDS[first].name
+
+
+def detect_prompt(*kinds: int) -> str:
+    return "detect " + " ; ".join(KINDS[kind].name for kind in kinds)
+
+
+def segment_prompt(kind: int) -> str:
+    return f"segment {KINDS[kind].name}"
+
+
+def detections(scene: Scene, *kinds: int) -> str:
+    """Four loc tokens and the name for each object of the kinds, in reading order; empty when there is none."""
+    return " ; ".join(f"{loc_tokens(thing)} {KINDS[thing.kind].name}" for thing in scene.objects if thing.kind in kinds)
+
+
+def segmentations(scene: Scene, kind: int, codes: dict[int, list[int]]) -> str:
+    """As `detections`, with the 16 seg tokens of each object after its box; `codes` holds them by owner."""
+    return " ; ".join(
+        f"{loc_tokens(thing)}{''.join(f'<seg{code:03d}>' for code in codes[thing.owner])} {KINDS[kind].name}"
+        for thing in scene.objects
+        if thing.kind == kind
+    )
+
+
+def loc_tokens(thing: SceneObject) -> str:
+    last = 1024 // LOC_STEP - 1
+    return "".join(f"<loc{min(round(side * 1024 / LOC_STEP), last) * LOC_STEP:04d}>" for side in thing.box)
+
+
+def prompts_and_answers(
+    rng: np.random.Generator, scene: Scene, codes: dict[int, list[int]], kinds: list[int]
+) -> list[tuple[str, str]]:
+    """The mixture: what to ask about a scene, each task as often as its answers are long and hard.
+
+    Args:
+        codes: the mask codes of each object, by owner.
+        kinds: those that absent ones are taken from.
+    """
+    pairs = [(CAPTION_PROMPT, caption(scene))] if rng.random() < 0.9 else [(DESCRIBE_PROMPT, description(scene))]
+    one, other = _kind_to_ask_about(rng, scene, kinds), _kind_to_ask_about(rng, scene, kinds)
+    pairs.append((detect_prompt(one), detections(scene, one)))
+    if one != other:
+        both = rng.random() < 0.4
+        pairs.append(
+            (detect_prompt(one, other), detections(scene, one, other))
+            if both
+            else (detect_prompt(other), detections(scene, other))
+        )
+    if scene.word or rng.random() < 0.05:
+        pairs.append((OCR_PROMPT, scene.word))
+    if rng.random() < 0.35:
+        segmented = _kind_to_ask_about(rng, scene, kinds)
+        pairs.append((segment_prompt(segmented), segmentations(scene, segmented, codes)))
+    if rng.random() < 0.1:
+        pairs.append((BACKGROUND_PROMPT, scene.background))
+    questions = questions_and_answers(rng, scene, kinds)
+    pairs.extend(questions[index] for index in rng.permutation(len(questions))[:2])
+    return pairs
+
+
+def questions_and_answers(rng: np.random.Generator, scene: Scene, kinds: list[int]) -> list[tuple[str, str]]:
+    """One prompt of each sort of question about objects that has a clear answer."""
+    counted, present = (_kind_to_ask_about(rng, scene, kinds, absent) for absent in (0.25, 0.5))
+    pairs = [
         (count_prompt(counted), str(scene.count(counted))),
-        (detect_prompt(detected), detections(scene, detected)),
+        (presence_prompt(present), "yes" if scene.count(present) else "no"),
     ]
+    direction = tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
+    known = scene.objects[rng.integers(len(scene.objects))].kind
+    for prompt, answer in (
+        (LARGEST_PROMPT, largest(scene)),
+        (neighbour_prompt(direction, known), neighbour(scene, direction, known)),
+    ):
+        if answer is not None:
+            pairs.append((prompt, answer))
+    return pairs
 
 
 def every_text() -> list[str]:
     """Every phrase the tasks can use, for the tokenizer to learn its words from."""
-    texts = [CAPTION_PROMPT, "answer en how many are there?", "detect", "a cat, a dog and an apple ;"]
+    texts = [
+        CAPTION_PROMPT,
+        DESCRIBE_PROMPT,
+        OCR_PROMPT,
+        BACKGROUND_PROMPT,
+        LARGEST_PROMPT,
+        "yes",
+        "no",
+        "nothing",
+        " ;",
+    ]
+    texts += [f"a large cat {place}, a small dog {place} and a dog" for row in PLACES for place in row]
+    for colour in COLOURS:
+        texts += [colour, f"on {_with_article(colour)} background", f"a large {colour} cat and a small {colour} dog"]
     for index, kind in enumerate(KINDS):
-        texts += [count_prompt(index), detect_prompt(index), f"{kind.with_article} and {kind.with_article},"]
-        texts += [f"{count} {kind.plural}, {kind.plural}" for count in range(2, 10)]
-    return texts
+        texts += [count_prompt(index), presence_prompt(index), detect_prompt(index, index), segment_prompt(index)]
+        texts += [neighbour_prompt(direction, index) for direction in DIRECTIONS]
+        texts += [f"{_with_article(kind.name)} and {_with_article(kind.name)},", kind.name]
+        texts += [f"{count} {kind.plural}, {kind.plural}" for count in range(2, MAX_OBJECTS + 1)]
+    return texts  # and none of the words that are painted: those are read letter by letter
 
 
-def _kind_to_ask_about(rng: np.random.Generator, scene: Scene) -> int:
-    if rng.random() < ASK_ABOUT_ABSENT:
-        return int(rng.integers(len(KINDS)))
+def _kind_to_ask_about(
+    rng: np.random.Generator, scene: Scene, kinds: list[int], absent: float = ASK_ABOUT_ABSENT
+) -> int:
+    if rng.random() < absent:
+        return kinds[rng.integers(len(kinds))]
     return scene.objects[rng.integers(len(scene.objects))].kind
 
 
-def _loc(side: float) -> str:
-    step = min(round(side * 1024 / LOC_STEP), 1024 // LOC_STEP - 1)
-    return f"<loc{step * LOC_STEP:04d}>"
+def _from_left_to_right(scene: Scene) -> list[SceneObject]:
+    return sorted(scene.objects, key=lambda thing: thing.box[1])
+
+
+def _centre(thing: SceneObject) -> np.ndarray:
+    """(y, x)."""
+    return (np.array(thing.box[:2]) + thing.box[2:]) / 2
+
+
+def _with_article(noun: str) -> str:
+    vowel_sound = noun[0] in "aeiou" and not noun.startswith("uni")
+    return f"{'an' if vowel_sound else 'a'} {noun}"
+
+
+def _list(parts: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

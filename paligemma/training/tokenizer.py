@@ -13,7 +13,7 @@ CONTROL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 IMAGE_TOKEN = "<image>"
 LOC_TOKENS = [f"<loc{index:04d}>" for index in range(1024)]
 SEG_TOKENS = [f"<seg{index:03d}>" for index in range(128)]
-NUM_PIECES = 1000  # words and pieces of words: more than the tasks' words need to be one token each
+NUM_PIECES = 1500  # words and pieces of words: more than the tasks' words need to be one token each
 
 
 def build_tokenizer() -> Tokenizer:

@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import paligemma
 from paligemma.quantization import quantize, turn_back
-from paligemma.training.artwork import load_sprites
-from paligemma.training.evaluate import SCENE_SIZE, SEED, SPRITE_SIZE
-from paligemma.training.scenes import MAX_OBJECTS, choose_kinds, draw_scene
-from paligemma.training.tasks import CAPTION_PROMPT, count_prompt, detect_prompt
+from paligemma.training.artwork import load_fonts, load_sprites
+from paligemma.training.evaluate import draw_scenes
+from paligemma.training.scenes import Painter
+from paligemma.training.tasks import CAPTION_PROMPT, count_prompt, detect_prompt, segment_prompt
+
+SPRITE_SIZE = 320
 
 
 def rounded(weight: Tensor) -> Tensor:
@@ -50,22 +51,27 @@ def main() -> None:
     arguments = parser.parse_args()
     exact = paligemma.load(device="cpu", dtype="float32")
     others = {"int8": paligemma.load(device="cpu", dtype="int8"), "only weights rounded": with_rounded_weights()}
-    sprites, rng = load_sprites(SPRITE_SIZE), np.random.default_rng(SEED)
+    painter = Painter(load_sprites(SPRITE_SIZE), load_fonts(), restyled=0.0)
     same: dict[str, Counter] = {name: Counter() for name in others}
-    for number in range(arguments.scenes):
-        scene = draw_scene(rng, sprites, SCENE_SIZE, choose_kinds(rng, number % MAX_OBJECTS + 1))
+    for scene in draw_scenes(painter, arguments.scenes):
         kind = scene.objects[0].kind
-        prompts = {"caption": CAPTION_PROMPT, "answer": count_prompt(kind), "detect": detect_prompt(kind)}
+        prompts = {
+            "caption": CAPTION_PROMPT,
+            "answer": count_prompt(kind),
+            "detect": detect_prompt(kind),
+            "segment": segment_prompt(kind),
+        }
         for task, prompt in prompts.items():
             expected = exact.generate(scene.image, prompt)
             for name, vlm in others.items():
                 same[name][task] += vlm.generate(scene.image, prompt) == expected
 
     print(f"{arguments.scenes} scenes, {torch.backends.cpu.get_cpu_capability()}; the same answer as in float32:")
-    print("| | caption | answer | detect |")
-    print("| --- | ---: | ---: | ---: |")
+    tasks = ("caption", "answer", "detect", "segment")
+    print(f"| | {' | '.join(tasks)} |")
+    print(f"| --- |{' ---: |' * len(tasks)}")
     for name, counts in same.items():
-        cells = (f"{counts[task] / arguments.scenes:.3f}" for task in ("caption", "answer", "detect"))
+        cells = (f"{counts[task] / arguments.scenes:.3f}" for task in tasks)
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -1,0 +1,106 @@
+"""How drawings and pictures vary: shape, colour, line and shade of an object; noise, blur, JPEG and light of a picture.
+
+An object must be known again in a drawing style that was never seen, so that everything which differs from artist to
+artist, and leaves the kind as it is, is varied here.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+MAX_TURN = 20  # degrees, either way
+MAX_SHEAR = 0.15
+MAX_STRETCH = 1.25
+LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def random_shape(rng: np.random.Generator) -> np.ndarray:
+    """A float [2, 2] matrix from the sprite's (x, y) to the picture's: mirror, stretch, shear and turn."""
+    stretch = MAX_STRETCH ** rng.uniform(-0.5, 0.5)
+    mirrored = np.diag([stretch * rng.choice([-1, 1]), 1 / stretch])
+    sheared = np.array([[1, rng.uniform(-MAX_SHEAR, MAX_SHEAR)], [0, 1]])
+    turn = np.radians(rng.uniform(-MAX_TURN, MAX_TURN))
+    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    return turned @ sheared @ mirrored
+
+
+def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """Draw the same thing as another artist might: other colours, other shades, with lines or in nothing but lines.
+
+    Args:
+        pixels: float32 [height, width, 4], RGBA in 0 to 1.
+
+    Returns:
+        the same shape; the silhouette stays.
+    """
+    colours, alpha = pixels[..., :3], pixels[..., 3:]
+    lines = _lines(colours, alpha) if rng.random() < 0.25 else None
+    if rng.random() < 0.5:
+        colours = _recolour(rng, colours)
+    if rng.random() < 0.3:
+        colours = _shade(rng, colours)
+    if lines is not None:
+        ink = rng.uniform(0, 0.35, 3).astype(np.float32) * (rng.random() < 0.5)
+        if rng.random() < 0.4:  # a colouring book: nothing but the lines, on one pale colour
+            colours = np.broadcast_to(rng.uniform(0.75, 1, 3).astype(np.float32), colours.shape)
+        colours = colours * (1 - lines) + ink * lines
+    return np.concatenate([np.clip(colours, 0, 1), alpha], axis=-1)
+
+
+def _lines(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """How much of a line each pixel is, float [height, width, 1]: where colour or silhouette changes."""
+    drawn = np.concatenate([colours * alpha, 2 * alpha], axis=-1)
+    edges = np.zeros(alpha.shape[:2], np.float32)
+    down, across = np.abs(np.diff(drawn, axis=0)).max(-1), np.abs(np.diff(drawn, axis=1)).max(-1)
+    edges[:-1], edges[1:] = np.maximum(edges[:-1], down), np.maximum(edges[1:], down)
+    edges[:, :-1], edges[:, 1:] = np.maximum(edges[:, :-1], across), np.maximum(edges[:, 1:], across)
+    return np.clip(4 * edges - 0.5, 0, 1)[..., None]
+
+
+def _recolour(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:
+    """Turn the hue, mostly a little, and change saturation and the strength of each channel."""
+    turn = rng.normal(0, 0.25) if rng.random() < 0.8 else rng.uniform(-np.pi, np.pi)
+    saturation = 0.0 if rng.random() < 0.1 else rng.uniform(0.4, 1.6)
+    # A turn of the colour cube about its grey diagonal (Rodrigues' formula), then towards or away from grey.
+    cosine, sine = np.cos(turn), np.sin(turn)
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    hue = cosine * np.eye(3) + sine * cross + (1 - cosine) / 3
+    matrix = saturation * hue + (1 - saturation) * LUMINANCE
+    matrix = matrix * rng.uniform(0.85, 1.15, (3, 1))
+    return np.clip(colours @ matrix.T.astype(np.float32), 0, 1)
+
+
+def _shade(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:
+    """Light from one side, another contrast, or a few flat tones instead of gradients."""
+    height, width = colours.shape[:2]
+    choice = rng.integers(3)
+    if choice == 0:
+        across, down = np.linspace(-0.5, 0.5, width), np.linspace(-0.5, 0.5, height)
+        angle = rng.uniform(0, 2 * np.pi)
+        light = np.cos(angle) * across[None, :] + np.sin(angle) * down[:, None]
+        return colours * (1 + rng.uniform(0.2, 0.6) * light[..., None]).astype(np.float32)
+    if choice == 1:
+        return colours ** np.float32(2 ** rng.uniform(-0.8, 0.8))
+    tones = rng.integers(3, 6)
+    return np.round(colours * tones) / np.float32(tones)
+
+
+def photograph(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """A picture as a camera and the web might pass it on: light, noise, blur, JPEG, each only sometimes."""
+    if rng.random() < 0.4:
+        strength, offset = rng.uniform(0.8, 1.15), rng.uniform(-12, 12)
+        image = image.point(np.clip(np.arange(256) * strength + offset, 0, 255).astype(np.uint8).tolist() * 3)
+    if rng.random() < 0.15:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7) * image.width / 112))
+    if rng.random() < 0.3:
+        noise = rng.standard_normal((image.height, image.width, 1 if rng.random() < 0.5 else 3), np.float32)
+        pixels = np.asarray(image, np.float32) + noise * np.float32(rng.uniform(2, 14))
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    if rng.random() < 0.2:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=int(rng.integers(35, 95)))
+        image = Image.open(file).convert("RGB")
+    return image

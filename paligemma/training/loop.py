@@ -1,0 +1,148 @@
+"""The training loop: one stage's module and optimiser, with its step count, log and saves in a folder."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+WARM_UP_STEPS = 100
+WEIGHT_DECAY = 0.05
+MAX_GRADIENT_NORM = 1.0
+SAVE_EVERY = 250
+LOG_EVERY = 25
+LOSS_SMOOTHING = 0.98
+
+
+class Run:
+    """Steps of AdamW that go on from the last save when the same folder is given again.
+
+    Args:
+        name: of the stage, and so of its log `{name}.csv` and its save `{name}.pt`.
+        peak: the learning rate after warm-up, from which half a cosine goes down to nothing at the last step.
+        slow: a part of `module` that learns at `slowness` times the rate, if any.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        folder: Path,
+        steps: int,
+        peak: float,
+        slow: nn.Module | None = None,
+        slowness: float = 1.0,
+    ):
+        self.name, self.module, self.steps, self.peak = name, module, steps, peak
+        self.log_path, self.save_path = folder / f"{name}.csv", folder / f"{name}.pt"
+        self.optimiser = torch.optim.AdamW(_groups(module, slow, slowness), betas=(0.9, 0.98), fused=True)
+        self.step = 0
+        self.averages: dict[str, float] = {}
+        if self.save_path.exists():
+            self._resume()
+        self._last_log = (self.step, time.monotonic())
+
+    def train(self, losses: Callable[[], dict[str, Tensor]]) -> None:
+        """Until the last step: `losses` draws a batch and returns its losses by name, whose sum is descended."""
+        device = next(self.module.parameters()).device
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10)
+        while self.step < self.steps:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                parts = losses()
+            self._update(parts)
+            bar.update()
+            bar.set_postfix({name: f"{value:.3f}" for name, value in self.averages.items()}, refresh=False)
+        bar.close()
+
+    def _update(self, parts: dict[str, Tensor]) -> None:
+        rate = learning_rate(self.step, self.steps, self.peak)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimiser.zero_grad(set_to_none=True)
+        sum(parts.values()).backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), MAX_GRADIENT_NORM)
+        self.optimiser.step()
+        self.step += 1
+        for name, value in zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist()):
+            before = self.averages.get(name, value)
+            self.averages[name] = LOSS_SMOOTHING * before + (1 - LOSS_SMOOTHING) * value
+        if self.step % LOG_EVERY == 0:
+            self._log(rate)
+        if self.step % SAVE_EVERY == 0 or self.step >= self.steps:
+            self._save()
+
+    def _log(self, rate: float) -> None:
+        step, then = self._last_log
+        self._last_log = (self.step, time.monotonic())
+        row = {
+            "step": self.step,
+            "learning_rate": f"{rate:.2e}",
+            "steps_per_second": round((self.step - step) / (self._last_log[1] - then), 2),
+            **{name: round(value, 4) for name, value in self.averages.items()},
+        }
+        new = not self.log_path.exists()
+        with self.log_path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _save(self) -> None:
+        state = {
+            "module": self.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "averages": self.averages,
+        }
+        unfinished = self.save_path.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        os.replace(unfinished, self.save_path)  # an interruption leaves the last whole save
+
+    def _resume(self) -> None:
+        state = torch.load(self.save_path)
+        self.module.load_state_dict(state["module"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.averages = state["step"], state["averages"]
+        # What was logged after the save is about to be done, and logged, again.
+        if self.log_path.exists():
+            header, *rows = self.log_path.read_text().splitlines(keepends=True)
+            kept = [row for row in rows if int(row.partition(",")[0]) <= self.step]
+            self.log_path.write_text(header + "".join(kept))
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    if step < WARM_UP_STEPS:
+        return peak * (step + 1) / WARM_UP_STEPS
+    progress = (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def checkpoint_gradients(layers: nn.ModuleList) -> None:
+    """Let each layer keep only its input and compute the rest again on the way back: less memory, a third more work."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def _groups(module: nn.Module, slow: nn.Module | None, slowness: float) -> list[dict]:
+    """Parameters by whether they learn slowly and whether they decay, as matrices do and gains and biases do not."""
+    slow_ones = set(slow.parameters()) if slow is not None else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            factor = slowness if parameter in slow_ones else 1.0
+            decay = WEIGHT_DECAY if parameter.ndim >= 2 else 0.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    return [
+        {"params": parameters, "factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]

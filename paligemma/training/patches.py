@@ -1,0 +1,153 @@
+"""Stage 2: the eye learns to say, of each patch of a scene, what it shows, and of what it shows, everything that is asked.
+
+One picture teaches as much here as sixty-four captions would, so that the voice later finds in the features what it has
+to say: the heads are thrown away.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import VisionConfig
+from ..mask_decoder import NUM_CODES
+from ..siglip import SiglipVisionModel
+from .artwork import KINDS
+from .colours import COLOURS
+from .losses import NO_LABEL
+from .mask_codec import CODES
+from .scenes import MAX_OBJECTS, Scene
+
+LETTERS = string.ascii_uppercase
+# What a patch can show: a kind, a letter, or the background in one of the colours.
+FIRST_LETTER, FIRST_COLOUR = len(KINDS), len(KINDS) + len(LETTERS)
+NUM_SHOWN = FIRST_COLOUR + len(COLOURS)
+NO_COLOUR = len(COLOURS)  # of an object that no colour rules
+LEAST_SHARE = 0.15  # of a patch that an object or letter must cover for the patch to show it
+KIND_WEIGHT = 2.0  # the hardest of the questions, and the one that the others rest on
+BOX_WEIGHT = 4.0  # an error of a quarter of the picture weighs as much as a nat
+
+
+@dataclass(frozen=True)
+class PatchLabels:
+    """The truth about the patches of P pictures; `NO_LABEL` where a question makes no sense.
+
+    shown: int64 [P, patches], up to `NUM_SHOWN`.
+    boxes: float32 [P, patches, 4], the object's box, in parts of the picture; 0 where there is no object.
+    colours: int64 [P, patches], the object's.
+    across: int64 [P, patches], how many objects begin further left, or how many letters of the word are before.
+    down: int64 [P, patches], how many objects come before in reading order.
+    counts: int64 [P, patches], how many more objects there are of this one's kind.
+    codes: int64 [P, patches, 16], the codes of the object's mask.
+    """
+
+    shown: Tensor
+    boxes: Tensor
+    colours: Tensor
+    across: Tensor
+    down: Tensor
+    counts: Tensor
+    codes: Tensor
+
+
+def label_patches(scenes: list[Scene], codes: list[dict[int, list[int]]], side: int) -> PatchLabels:
+    """Labels for scenes cut into `side` × `side` patches; `codes` holds each scene's mask codes by owner."""
+    labels = [_label_scene(scene, scene_codes, side) for scene, scene_codes in zip(scenes, codes)]
+    return PatchLabels(
+        *(torch.stack([getattr(label, field.name) for label in labels]) for field in fields(PatchLabels))
+    )
+
+
+def _label_scene(scene: Scene, codes: dict[int, list[int]], side: int) -> PatchLabels:
+    owners = _patch_owners(scene, side)
+    shown = np.full(side**2, FIRST_COLOUR + COLOURS.index(scene.background))
+    boxes = np.zeros((side**2, 4), np.float32)
+    colours, across, down, counts = (np.full(side**2, NO_LABEL) for _ in range(4))
+    code_labels = np.full((side**2, NUM_CODES), NO_LABEL)
+    for place, letter in enumerate(scene.word):
+        here = owners == place + 1
+        shown[here], across[here] = FIRST_LETTER + LETTERS.index(letter), place
+    left_edges = sorted(thing.box[1] for thing in scene.objects)
+    for place, thing in enumerate(scene.objects):
+        here = owners == thing.owner
+        shown[here], boxes[here], down[here] = thing.kind, thing.box, place
+        across[here] = left_edges.index(thing.box[1])
+        counts[here] = scene.count(thing.kind) - 1
+        colours[here] = NO_COLOUR if thing.colour is None else COLOURS.index(thing.colour)
+        code_labels[here] = codes[thing.owner]
+    return PatchLabels(*map(torch.from_numpy, (shown, boxes, colours, across, down, counts, code_labels)))
+
+
+def _patch_owners(scene: Scene, side: int) -> np.ndarray:
+    """Int64 [patches]: whose most of each patch is, leaving the background what others hardly touch."""
+    pixels = len(scene.owners) // side
+    cut = scene.owners[: side * pixels, : side * pixels].reshape(side, pixels, side, pixels)
+    last = len(scene.word) + len(scene.objects)
+    shares = np.stack([(cut == owner).mean((1, 3)) for owner in range(1, last + 1)])  # [owners, side, side]
+    return np.where(shares.max(0) >= LEAST_SHARE, shares.argmax(0) + 1, 0).ravel()
+
+
+class PatchHeads(nn.ModuleDict):
+    """A linear head for each question."""
+
+    def __init__(self, width: int):
+        sizes = {
+            "shown": NUM_SHOWN,
+            "boxes": 4,
+            "colours": len(COLOURS) + 1,
+            "across": MAX_OBJECTS,
+            "down": MAX_OBJECTS,
+            "counts": MAX_OBJECTS,
+            "codes": NUM_CODES * CODES,
+        }
+        super().__init__({name: nn.Linear(width, size) for name, size in sizes.items()})
+
+    def seen(self) -> dict[str, Tensor]:
+        """By the words for it, the direction of features, float [width], that tells that a patch shows something."""
+        directions = self["shown"].weight.detach()
+        names = {name: index for index, kind in enumerate(KINDS) for name in (kind.name, kind.plural)}
+        names |= {letter: FIRST_LETTER + index for index, letter in enumerate(LETTERS)}
+        names |= {colour: FIRST_COLOUR + index for index, colour in enumerate(COLOURS)}
+        return {name: directions[index] for name, index in names.items()}
+
+    def losses(self, features: Tensor, labels: PatchLabels) -> dict[str, Tensor]:
+        """From the eye's features, float [P, patches, width]."""
+        is_object, is_ground = labels.shown < FIRST_LETTER, labels.shown >= FIRST_COLOUR
+        is_letter = ~is_object & ~is_ground
+        is_placed = labels.across != NO_LABEL
+        things, placed = features[is_object], features[is_placed]  # [objects' patches, width]
+        shown = self["shown"](features)
+        codes = self["codes"](things).unflatten(-1, (NUM_CODES, CODES))
+        return {
+            "kinds": KIND_WEIGHT * F.cross_entropy(shown[is_object], labels.shown[is_object]),
+            "letters": _mean_loss(shown[is_letter], labels.shown[is_letter]),
+            "ground": F.cross_entropy(shown[is_ground], labels.shown[is_ground]),
+            "boxes": BOX_WEIGHT * F.l1_loss(self["boxes"](things), labels.boxes[is_object]),
+            "colours": 0.3 * F.cross_entropy(self["colours"](things), labels.colours[is_object]),
+            "across": 0.3 * F.cross_entropy(self["across"](placed), labels.across[is_placed]),
+            "down": 0.3 * F.cross_entropy(self["down"](things), labels.down[is_object]),
+            "counts": 0.3 * F.cross_entropy(self["counts"](things), labels.counts[is_object]),
+            "codes": 0.2 * F.cross_entropy(codes.transpose(1, 2), labels.codes[is_object]),
+        }
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, zero where there is nothing to average over: not every batch has a word."""
+    return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+
+
+class PatchModel(nn.Module):
+    """The eye and the heads."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.vision_tower = SiglipVisionModel(config)
+        self.heads = PatchHeads(config.hidden_size)
+
+    def losses(self, pixel_values: Tensor, labels: PatchLabels) -> dict[str, Tensor]:
+        return self.heads.losses(self.vision_tower(pixel_values), labels)
