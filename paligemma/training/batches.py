@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,6 +65,28 @@ def collate(processor: Processor, pictures: list[int], pairs: list[tuple[str, st
         attention_mask=torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None],
         first=min(map(len, prefixes)) - 1,
     )
+
+
+class CropBatches(IterableDataset):
+    """Endless pairs of pixel values, float32 [crops, 3, size, size], of single objects, and what `label` makes of them."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        painter: Painter,
+        crops: int,
+        size: int,
+        label: Callable[[list[Scene]], Tensor],
+        seed: int,
+    ):
+        self.processor, self.painter, self.crops, self.size = processor, painter, crops, size
+        self.label, self.seed = label, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng(self.seed)
+        while True:
+            crops = [self.painter.crop(rng, self.size) for _ in range(self.crops)]
+            yield torch.cat([self.processor.normalise(crop.image) for crop in crops]), self.label(crops)
 
 
 class PatchBatches(IterableDataset):

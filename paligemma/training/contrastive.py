@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from ..config import VisionConfig
 from ..processor import Processor
@@ -69,18 +67,9 @@ class ContrastiveModel(nn.Module):
         return {"siglip": siglip_loss(pictures, texts, self.temperature, self.bias)}
 
 
-class CropBatches(IterableDataset):
-    """Endless pairs of pixel values, float32 [P, 3, CROP_SIZE, CROP_SIZE], and captions, int64 [P, MAX_TEXT_TOKENS]."""
-
-    def __init__(self, processor: Processor, painter: Painter, seed: int):
-        self.processor, self.painter, self.seed = processor, painter, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = np.random.default_rng(self.seed)
-        while True:
-            crops = [self.painter.crop(rng, CROP_SIZE) for _ in range(CROPS_A_BATCH)]
-            pixel_values = torch.cat([self.processor.normalise(crop.image) for crop in crops])
-            yield pixel_values, text_ids(self.processor, [caption(crop) for crop in crops])
+def caption_ids(processor: Processor, crops: list[Scene]) -> Tensor:
+    """What the contrastive stage is told of crops: int64 [crops, MAX_TEXT_TOKENS]."""
+    return text_ids(processor, [caption(crop) for crop in crops])
 
 
 def text_ids(processor: Processor, texts: list[str]) -> Tensor:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from ..config import VisionConfig
-from ..processor import Processor
 from ..siglip import SiglipVisionModel
 from .artwork import KINDS
 from .contrastive import CROP_SIZE
-from .scenes import Painter
+from .scenes import Scene
 
 CROPS_A_BATCH = 128
 
@@ -33,15 +29,6 @@ class NamingModel(nn.Module):
         return {"kinds": F.cross_entropy(self.kinds(self.vision_tower(pixel_values).mean(1)), kinds)}
 
 
-class NamedCrops(IterableDataset):
-    """Endless pairs of pixel values, float32 [P, 3, CROP_SIZE, CROP_SIZE], and kinds, int64 [P]."""
-
-    def __init__(self, processor: Processor, painter: Painter, seed: int):
-        self.processor, self.painter, self.seed = processor, painter, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = np.random.default_rng(self.seed)
-        while True:
-            crops = [self.painter.crop(rng, CROP_SIZE) for _ in range(CROPS_A_BATCH)]
-            pixel_values = torch.cat([self.processor.normalise(crop.image) for crop in crops])
-            yield pixel_values, torch.tensor([crop.objects[0].kind for crop in crops])
+def kinds_of(crops: list[Scene]) -> Tensor:
+    """What the naming stage is told of crops: int64 [crops]."""
+    return torch.tensor([crop.objects[0].kind for crop in crops])

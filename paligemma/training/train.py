@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,13 +29,13 @@ from torch import Tensor, nn
 from ..checkpoints import save_checkpoint
 from ..model import PaliGemma
 from ..processor import Processor
+from . import contrastive, naming
 from .artwork import HELD_OUT_STYLE, KINDS, STYLES, load_fonts, load_sprites
-from .batches import PatchBatches, Rows, SceneBatches, in_background, move
-from .contrastive import ContrastiveModel, CropBatches, zero_shot
+from .batches import CropBatches, PatchBatches, Rows, SceneBatches, in_background, move
+from .contrastive import CROP_SIZE
 from .loop import Run, checkpoint_gradients
 from .losses import answer_loss
 from .mask_codec import MaskBatches, MaskCodec, reconstruction_iou
-from .naming import NamedCrops, NamingModel
 from .patches import PatchHeads, PatchModel
 from .scenes import MAX_OBJECTS, Painter
 from .start import initialise, resize_positions, tiny_config
@@ -116,21 +117,32 @@ def grow(run: Run, value: Tensor, first: float, last: float) -> None:
 
 def train_contrastive(studio: Studio) -> None:
     stage = "contrastive"
-    model = ContrastiveModel(studio.processor.config.vision, studio.processor.config.text.vocab_size, studio.use_clip)
+    model = contrastive.ContrastiveModel(
+        studio.processor.config.vision, studio.processor.config.text.vocab_size, studio.use_clip
+    )
     run = studio.run(stage, model)
-    batches = in_background(CropBatches(studio.processor, studio.painter, studio.seed(stage, run)))
+    label = partial(contrastive.caption_ids, studio.processor)
+    batches = in_background(
+        CropBatches(
+            studio.processor, studio.painter, contrastive.CROPS_A_BATCH, CROP_SIZE, label, studio.seed(stage, run)
+        )
+    )
     run.train(lambda: model.losses(*(part.to(studio.device) for part in next(batches))))
-    print(zero_shot(model.cpu(), studio.processor, studio.painter, JUDGED))
+    print(contrastive.zero_shot(model.cpu(), studio.processor, studio.painter, JUDGED))
 
 
 def train_naming(studio: Studio) -> None:
     stage = "naming"
-    model = NamingModel(studio.processor.config.vision)
+    model = naming.NamingModel(studio.processor.config.vision)
     model.vision_tower.load_state_dict(studio.saved_eye("contrastive"))
     run, restyled = studio.run(stage, model), torch.zeros(()).share_memory_()
     painter = copy(studio.painter)
     painter.restyled = restyled
-    batches = in_background(NamedCrops(studio.processor, painter, studio.seed(stage, run)))
+    batches = in_background(
+        CropBatches(
+            studio.processor, painter, naming.CROPS_A_BATCH, CROP_SIZE, naming.kinds_of, studio.seed(stage, run)
+        )
+    )
 
     def losses() -> dict[str, Tensor]:
         grow(run, restyled, 0.0, studio.painter.restyled)
