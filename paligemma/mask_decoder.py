@@ -7,6 +7,7 @@ of the official file.
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class MaskDecoder(nn.Module):
             # The official file may hold the encoder's weights as well.
             wanted = decoder.state_dict().keys()
             decoder.load_state_dict({name: value.float() for name, value in state.items() if name in wanted})
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, BadZipFile) as error:
             raise PaliGemmaError(
                 f"{path} does not hold a mask decoder: give the official vae-oid.npz, or remove the file. ({error})"
             ) from error

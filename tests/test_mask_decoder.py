@@ -101,3 +101,11 @@ def test_a_checkpoint_decodes_masks_with_the_file_beside_it(long_winded, tmp_pat
     vlm, codes = paligemma.load(tmp_path), list(range(16))
     assert torch.equal(torch.from_numpy(vlm.decode_mask(codes)), vlm.mask_decoder(torch.tensor([codes]))[0])
     assert long_winded.decode_mask(codes) is None, "no file there"
+
+
+def test_a_truncated_official_file_is_named(tmp_path):
+    path = tmp_path / "vae-oid.npz"
+    np.savez(path, **official_arrays(np.random.default_rng(0), width=32, code_width=8))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(PaliGemmaError, match=r"vae-oid\.npz"):
+        MaskDecoder.load(path)

@@ -8,7 +8,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `patches`: the eye goes on to whole scenes, and says of each patch what it shows.
 - `voice`: the eye stays as it is; projector and voice learn all tasks from its features.
 - `together`: all learn together, the eye slowly, and goes on to name its patches.
-- `finish`: the same, at a low learning rate that ends in nothing, on all artwork.
+- `finish`: the same, at a low learning rate.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
