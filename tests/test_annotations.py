@@ -13,7 +13,20 @@ from paligemma.annotations import AnnotatedText, Detection, find_detections, pla
 
 CAT_BOX = "<loc0256><loc0128><loc0512><loc0768>"
 CAT = Detection("cat", (0.25, 0.125, 0.5, 0.75))
-PIECES = ["<loc0000>", "<loc1023>", "<loc0512>", CAT_BOX, "<seg001>", "<seg002>" * 16, " cat", " ;", "<", "loc", "9", "\n"]
+PIECES = [
+    "<loc0000>",
+    "<loc1023>",
+    "<loc0512>",
+    CAT_BOX,
+    "<seg001>",
+    "<seg002>" * 16,
+    " cat",
+    " ;",
+    "<",
+    "loc",
+    "9",
+    "\n",
+]
 
 
 def test_boxes_are_found_with_their_labels():

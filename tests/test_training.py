@@ -21,9 +21,9 @@ from paligemma.training.batches import SceneBatches, collate, encode_masks
 from paligemma.training.colours import COLOURS, random_colour, ruling_colour
 from paligemma.training.losses import NO_LABEL, clip_loss, siglip_loss
 from paligemma.training.mask_codec import MaskCodec, fit_mask
-from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, label_patches
+from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, label_patches
 from paligemma.training.scenes import MAX_OVERLAP, Painter, Scene, SceneObject
-from paligemma.training.start import resize_positions
+from paligemma.training.start import initialise, resize_positions, tiny_config
 from paligemma.training.tasks import (
     caption,
     description,
@@ -34,7 +34,7 @@ from paligemma.training.tasks import (
     neighbour,
     prompts_and_answers,
 )
-from paligemma.training.tokenizer import build_tokenizer
+from paligemma.training.tokenizer import IMAGE_TOKEN, build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +340,27 @@ def test_the_eye_learns_slowly_where_it_is_told_to(tmp_path, monkeypatch):
     run.train(lambda: {"loss": module["voice"](module["eye"](torch.ones(1, 4))).square().sum()})
     moved = {name: (weight - before[name]).abs().max().item() for name, weight in module.state_dict().items()}
     assert 0 < moved["eye.bias"] == pytest.approx(0.1 * moved["voice.bias"], rel=1e-2)
+
+
+def test_the_voice_begins_by_looking_from_a_word_at_the_patches_that_show_it():
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = tiny_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN))
+    model, heads = PaliGemma(config), PatchHeads(config.vision.hidden_size)
+    initialise(model, tokenizer, heads.seen(), heads.told())
+    names = [kind.name for kind in KINDS if tokenizer.token_to_id(f"▁{kind.name}") is not None][:20]
+    words = model.language_model.embed(torch.tensor([tokenizer.token_to_id(f"▁{name}") for name in names]))
+    features = model.multi_modal_projector["linear"](torch.stack([heads.seen()[name] for name in names]) * 100)
+    layer = model.language_model.layers[0]
+    queries, keys = (
+        projection(layer.input_layernorm(states))[:, : config.text.head_dim]
+        for projection, states in ((layer.self_attn.q_proj, words), (layer.self_attn.k_proj, features))
+    )
+    assert torch.equal((queries @ keys.T).argmax(dim=1), torch.arange(len(names)))
+    # What it then adds to the word's state is what the features tell.
+    told, attention = heads.told(), layer.self_attn
+    added = attention.v_proj(features)[:, : len(told)] @ attention.o_proj.weight[:, : len(told)].T
+    torch.testing.assert_close(added @ told.T, features @ told.T)
 
 
 def test_positions_interpolate_from_grid_to_grid():

@@ -18,6 +18,7 @@ from .scenes import Painter, Scene
 from .tasks import prompts_and_answers
 
 SHORT = 6  # tokens, as one box has
+ROWS_A_CHUNK = 12
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class PatchBatches(IterableDataset):
 
 
 class SceneBatches(PatchBatches):
-    """As `PatchBatches`, with a third element: rows of all tasks, the short half and the long half of them."""
+    """As `PatchBatches`, with a third element: rows of all tasks, in chunks."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, PatchLabels, list[Rows]]]:
         rng = np.random.default_rng(self.seed)
@@ -131,11 +132,13 @@ class SceneBatches(PatchBatches):
                 for picture, scene in enumerate(scenes)
                 for pair in prompts_and_answers(rng, scene, codes[picture], self.painter.kinds)
             ]
-            # Apart, because a row is padded to the longest of its half.
+            # Rows of like length together, because each is padded to the longest of its chunk.
             asked.sort(key=lambda item: len(self.processor.tokenizer.encode(" ".join(item[1])).ids))
-            middle = len(asked) // 2
-            halves = [collate(self.processor, *map(list, zip(*half))) for half in (asked[:middle], asked[middle:])]
-            yield *self._pixels_and_labels(scenes, codes), halves
+            chunks = [
+                collate(self.processor, *map(list, zip(*asked[start : start + ROWS_A_CHUNK])))
+                for start in range(0, len(asked), ROWS_A_CHUNK)
+            ]
+            yield *self._pixels_and_labels(scenes, codes), chunks
 
 
 @torch.inference_mode()

@@ -115,6 +115,11 @@ class PatchHeads(nn.ModuleDict):
         names |= {colour: FIRST_COLOUR + index for index, colour in enumerate(COLOURS)}
         return {name: directions[index] for name, index in names.items()}
 
+    def told(self) -> Tensor:
+        """Orthonormal directions of features, float [n, width], that tell the rest: where, how many, of which colour."""
+        names = ("boxes", "colours", "across", "down", "counts")
+        return torch.linalg.qr(torch.cat([self[name].weight.detach() for name in names]).T).Q.T
+
     def losses(self, features: Tensor, labels: PatchLabels) -> dict[str, Tensor]:
         """From the eye's features, float [P, patches, width]."""
         is_object, is_ground = labels.shown < FIRST_LETTER, labels.shown >= FIRST_COLOUR

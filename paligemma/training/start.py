@@ -10,8 +10,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..config import PaliGemmaConfig, TextConfig, VisionConfig
+from ..gemma import GemmaAttention
 from ..model import PaliGemma
 from .tokenizer import LOC_TOKENS
+
+SHARPNESS = 1.4  # of the heads that begin by looking for the same: most of their attention finds it
 
 
 def tiny_config(vocab_size: int, image_token_id: int) -> PaliGemmaConfig:
@@ -39,12 +42,16 @@ def tiny_config(vocab_size: int, image_token_id: int) -> PaliGemmaConfig:
     )
 
 
-def initialise(model: PaliGemma, tokenizer: Tokenizer, seen: dict[str, Tensor]) -> None:
+def initialise(model: PaliGemma, tokenizer: Tokenizer, seen: dict[str, Tensor], told: Tensor) -> None:
     """Draw the weights that the voice begins with: what the eye sees is nearly a word already.
 
+    The projector begins as identity, the words for things near the features that show them, and one head of each layer
+    by looking from a word at the patches that show it, and fetching what they tell.
+
     Args:
-        seen: the direction in which the eye's features, float [width], tell that something is there: a kind by its name
-            and by its plural, a letter, a colour. The words for it begin near it, and the projector as identity.
+        seen: by its word, the direction, float [width], of features that show a thing: a kind by its name and by its
+            plural, a letter, a colour.
+        told: float [n, width], orthonormal, n at most `head_dim`: the directions in which features tell all else.
     """
     embedding = model.language_model.embed_tokens.weight
     width = embedding.shape[1]
@@ -54,22 +61,31 @@ def initialise(model: PaliGemma, tokenizer: Tokenizer, seen: dict[str, Tensor]) 
     # Coordinates begin as smooth functions of where they are, so that what is learnt of one holds for its neighbours.
     coordinates = torch.linspace(0, 1, len(loc_ids))[:, None]
     frequencies, phases = torch.randn(width) * 2 * math.pi * 4, torch.rand(width) * 2 * math.pi
-    mean = torch.stack(list(seen.values())).mean(0)
+    directions = torch.stack(list(seen.values()))
+    directions = F.normalize(directions - directions.mean(0), dim=1)
     with torch.no_grad():
         embedding[loc_ids] = torch.cos(coordinates * frequencies + phases) * (2 / width) ** 0.5
-        for name, direction in seen.items():
+        for name, direction in zip(seen, directions):
             for token in (name, f"▁{name}"):
                 if (token_id := tokenizer.token_to_id(token)) is not None:
-                    near = F.normalize(direction - mean, dim=0)
-                    embedding[token_id] = (near + embedding[token_id]) / 2**0.5
-    # One head of each layer begins by looking at what is like itself: a kind's name in the prompt at its patches.
-    for layer in model.language_model.layers:
-        attention = layer.self_attn
-        with torch.no_grad():
-            nn.init.normal_(attention.k_proj.weight, std=width**-0.5)
-            attention.q_proj.weight[: attention.head_dim] = attention.k_proj.weight[: attention.head_dim]
+                    embedding[token_id] = (direction + embedding[token_id]) / 2**0.5
+        for layer in model.language_model.layers:
+            _look_for_the_same(layer.self_attn, directions, told)
     nn.init.eye_(model.multi_modal_projector["linear"].weight)
     nn.init.zeros_(model.multi_modal_projector["linear"].bias)
+
+
+def _look_for_the_same(attention: GemmaAttention, directions: Tensor, told: Tensor) -> None:
+    """Let the first head look from `directions` at keys that lie in the same one, and add up what they have along `told`."""
+    dim = attention.head_dim
+    # Only in the slower half of the rotary dimensions: the others turn so fast that a patch is the same only where it is near.
+    slow = [*range(dim // 4, dim // 2), *range(dim // 4 + dim // 2, dim)]
+    _, _, components = torch.linalg.svd(directions, full_matrices=False)
+    nn.init.normal_(attention.k_proj.weight, std=attention.k_proj.in_features**-0.5)
+    nn.init.zeros_(attention.q_proj.weight[:dim])
+    attention.k_proj.weight[slow] = attention.q_proj.weight[slow] = SHARPNESS * components[: len(slow)]
+    attention.v_proj.weight[: len(told)] = told
+    attention.o_proj.weight[:, : len(told)] = told.T
 
 
 def resize_positions(positions: Tensor, patches: int) -> Tensor:
