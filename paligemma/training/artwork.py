@@ -21,6 +21,9 @@ import numpy as np
 from PIL import Image
 
 CACHE_FOLDER = Path.home() / ".cache" / "paligemma-training"
+# What the page draws new scenes from.
+SHEET, SHEET_COLUMNS = Path(__file__).parent.parent / "examples" / "artwork" / "sprites.webp", 25
+SHEET_FONT = SHEET.parent / "DejaVuSans-Bold.ttf"
 
 # npm package and version: name, licence. The README credits them.
 STYLES = {
@@ -105,8 +108,6 @@ class Sprites:
     """Every kind in some styles, at halving sizes, so that one is drawn small from a small one.
 
     levels: uint8 [kinds, styles, size, size, 4], RGBA, each half the size of the one before.
-    outline: float32 [kinds, styles, 32, 2], the outermost visible points (x, y) in as many directions, in parts of the
-        square and from its centre: what a turned drawing's box is computed from.
     """
 
     VISIBLE_ALPHA = 64  # from here on a pixel counts as part of the object
@@ -116,22 +117,28 @@ class Sprites:
         self.levels = [pixels]
         while self.levels[-1].shape[2] > 24:
             self.levels.append(_halve(self.levels[-1]))
-        self.outline = np.stack([[self._outermost(sprite) for sprite in kind] for kind in pixels])
+        self._outlines: dict[tuple[int, int], np.ndarray] = {}
 
     def __getitem__(self, styles: list[int]) -> Sprites:
         """The same kinds in fewer styles."""
         chosen = object.__new__(Sprites)
         chosen.kinds, chosen.styles = self.kinds, len(styles)
         chosen.levels = [level[:, styles] for level in self.levels]
-        chosen.outline = self.outline[:, styles]
+        chosen._outlines = {}
         return chosen
 
-    def _outermost(self, sprite: np.ndarray) -> np.ndarray:
-        rows, columns = np.nonzero(sprite[..., 3] >= self.VISIBLE_ALPHA)
-        points = (np.stack([columns, rows], axis=-1) + 0.5) / len(sprite) - 0.5
-        angles = np.arange(32) * (2 * np.pi / 32)
-        furthest = (points @ np.stack([np.cos(angles), np.sin(angles)])).argmax(axis=0)
-        return points[furthest].astype(np.float32)
+    def outline(self, kind: int, style: int) -> np.ndarray:
+        """Float32 [32, 2], the outermost visible points (x, y) in as many directions, in parts of the square and from its
+        centre: what a turned drawing's box is computed from.
+        """
+        if (kind, style) not in self._outlines:
+            sprite = self.levels[0][kind, style]
+            rows, columns = np.nonzero(sprite[..., 3] >= self.VISIBLE_ALPHA)
+            points = (np.stack([columns, rows], axis=-1) + 0.5) / len(sprite) - 0.5
+            angles = np.arange(32) * (2 * np.pi / 32)
+            furthest = (points @ np.stack([np.cos(angles), np.sin(angles)])).argmax(axis=0)
+            self._outlines[kind, style] = points[furthest].astype(np.float32)
+        return self._outlines[kind, style]
 
 
 def load_sprites(size: int, cache_folder: Path = CACHE_FOLDER) -> Sprites:
@@ -143,6 +150,22 @@ def load_sprites(size: int, cache_folder: Path = CACHE_FOLDER) -> Sprites:
         styles = [_rasterise_style(package, size) for package in STYLES]
         _write_whole(cached, lambda path: np.save(path, np.stack(styles, axis=1)))
     return Sprites(np.load(cached))
+
+
+def pack_sheet(sprites: Sprites) -> Image.Image:
+    """All sprites on one sheet, `SHEET_COLUMNS` in a row; `load_sheet` reads it."""
+    pixels = sprites.levels[0]
+    size = pixels.shape[2]
+    flat = pixels.reshape(-1, SHEET_COLUMNS, size, size, 4)
+    return Image.fromarray(flat.transpose(0, 2, 1, 3, 4).reshape(len(flat) * size, SHEET_COLUMNS * size, 4))
+
+
+def load_sheet(path: Path = SHEET) -> Sprites:
+    """The sprites that ship with the package: every kind in every style."""
+    pixels = np.asarray(Image.open(path).convert("RGBA"))
+    size = pixels.shape[1] // SHEET_COLUMNS
+    tiles = pixels.reshape(-1, size, SHEET_COLUMNS, size, 4).transpose(0, 2, 1, 3, 4)
+    return Sprites(tiles.reshape(len(KINDS), len(STYLES), size, size, 4))
 
 
 def load_folder(folder: Path, size: int) -> tuple[Sprites, list[int]]:

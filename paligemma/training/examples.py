@@ -1,18 +1,20 @@
-"""Draw the page's example pictures: `python -m paligemma.training.examples`."""
+"""Draw the page's example pictures, and pack what it draws new ones from: `python -m paligemma.training.examples`."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .artwork import KINDS, load_fonts, load_sprites
+from .artwork import KINDS, SHEET, SHEET_FONT, load_fonts, load_sprites, pack_sheet
 from .scenes import Painter
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SIZE = 448
 SPRITE_SIZE = 320
+SHEET_SPRITE_SIZE = 160  # the whole sheet stays far below 10 MB
 # File name, what is on it, and a seed: one of a few whose picture looks good and is answered rightly, so that they show
 # what the page does; how often the checkpoint is right, its card says.
 EXAMPLES = [
@@ -31,6 +33,8 @@ def main() -> None:
         assert len(scene.objects) == len(kinds), f"{name}: an object found no place, choose another seed"
         palette = scene.image.quantize(256, dither=Image.Dither.FLOYDSTEINBERG)  # a third of the bytes
         palette.save(FOLDER / f"{name}.png", optimize=True)
+    pack_sheet(load_sprites(SHEET_SPRITE_SIZE)).save(SHEET, quality=82, method=4)
+    shutil.copy(load_fonts()[0], SHEET_FONT)
 
 
 if __name__ == "__main__":

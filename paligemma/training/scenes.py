@@ -153,7 +153,7 @@ class Painter:
         """Float32 [height, width, 4] in 0 to 1, the longer side `side` pixels long: one of the drawings, varied."""
         style = rng.integers(self.sprites.styles)
         matrix = random_shape(rng)
-        outline = self.sprites.outline[kind, style] @ matrix.T
+        outline = self.sprites.outline(kind, style) @ matrix.T
         least, most = outline.min(0), outline.max(0)
         scale = side / (most - least).max()
         width, height = np.maximum(1, np.round((most - least) * scale)).astype(int)
