@@ -68,6 +68,10 @@ def no_progress(doing: str, fraction: float | None) -> None:
     """What `load` reports to unless told otherwise."""
 
 
+def no_room_made(needed: int) -> None:
+    """What `load` announces its weights to unless told otherwise."""
+
+
 def load(
     source: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
@@ -75,6 +79,7 @@ def load(
     revision: str | None = None,
     compile: bool = False,
     progress: Progress = no_progress,
+    make_room: Callable[[int], None] = no_room_made,
 ) -> VisionLanguageModel:
     """Load a checkpoint and all that it takes to use it.
 
@@ -87,6 +92,7 @@ def load(
         revision: branch, tag or commit on the Hub.
         compile: compile the step that makes a token (CUDA), see `VisionLanguageModel.compile`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
+        make_room: called with the bytes that the weights will take, before they are read.
 
     Raises:
         PaliGemmaError: the checkpoint cannot be found, reached, read or run; the sentence says what to do.
@@ -102,8 +108,10 @@ def load(
         model = PaliGemma(config)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     if dtype is None:
-        dtype = choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
+        dtype = choose_dtype(device, parameters)
+    make_room(parameters * dtype.itemsize)
     with explained_lack_of_memory(device):
         if dtype == torch.int8:
             load_int8_weights(model, weight_files(folder), progress)
