@@ -16,8 +16,11 @@ from random_checkpoints import make_reference, save_reference
 
 import paligemma
 from paligemma.mask_decoder import MaskDecoder
+from paligemma.serving import EMBEDDED, Models
 
 EXAMPLES = Path(__file__).parent.parent / "paligemma" / "examples"
+# Of a stopped answer: the one under way, and one that may end while the news travels.
+ONE_TOKEN = 2
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -55,9 +58,9 @@ class Watched:
     def __getattr__(self, name: str) -> object:
         return getattr(self._vlm, name)
 
-    def stream(self, *arguments: object) -> Iterator[paligemma.Token]:
+    def stream(self, *arguments: object, **settings: object) -> Iterator[paligemma.Token]:
         self.answers += 1
-        return self._counted(self._vlm.stream(*arguments), self.answers)
+        return self._counted(self._vlm.stream(*arguments, **settings), self.answers)
 
     def _counted(self, tokens: Iterator[paligemma.Token], answer: int) -> Iterator[paligemma.Token]:
         for token in tokens:
@@ -67,17 +70,35 @@ class Watched:
             yield token
 
 
+def wait_until(condition, seconds=60, tab=None):
+    """Poll; a browser's tab must be given, if there is one, for it to go on meanwhile."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        tab.wait_for_timeout(50) if tab else time.sleep(0.05)
+
+
+def tokens_after(watched, end_it):
+    """How many more tokens are made after `end_it`, the one under way included."""
+    before = watched.tokens
+    end_it()
+    time.sleep(2)
+    return watched.tokens - before
+
+
 @pytest.fixture(scope="session")
 def serve() -> Iterator[Callable[[object], str]]:
-    """Start the page for a model on a free port and return its address."""
+    """Start the page for a model, or for `Models`, on a free port and return its address."""
     import app
 
     pages = []
 
-    def start(model: object) -> str:
-        model = model if isinstance(model, app.Model) else app.Model(model)
-        page = app.build_page(model, app.ABOUT_EMBEDDED)
-        _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH_SETTINGS)
+    def start(model: object, **settings: object) -> str:
+        if not isinstance(model, Models):
+            loaded, model = model, Models([None], lambda source, **_: loaded)
+            model.get(EMBEDDED)
+        page = app.build_page(model)
+        _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH_SETTINGS, **settings)
         pages.append(page)
         return address
 

@@ -1,0 +1,278 @@
+"""What a server does between requests and model: loading what is asked for, timing and logging each answer."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock, Thread
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from .annotations import AnnotatedText
+from .config import PaliGemmaError
+from .tasks import task_of
+
+if TYPE_CHECKING:
+    from .generation import VisionLanguageModel
+
+EMBEDDED = "embedded"
+STATUS_SECONDS = 0.5  # between two looks at how far the loading is
+FREE_QUESTION = "question"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Checkpoint:
+    """One that is offered; `loaded` is there once it was asked for."""
+
+    source: str | None
+    loaded: Future[VisionLanguageModel] | None = None
+    doing: str = "Starting"
+    fraction: float | None = None
+    users: int = 0
+    last_used: float = 0.0
+
+
+class Models:
+    """Checkpoints by name, each loaded when first asked for; where memory is short, idle ones make room for it.
+
+    Args:
+        sources: what `paligemma.load` takes as source, None or an empty one for the embedded checkpoint.
+        load: called as load(source, progress=…, make_room=…), see `paligemma.load`.
+        free_memory: how many bytes a new one could take.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str | None],
+        load: Callable[..., VisionLanguageModel],
+        free_memory: Callable[[], int] | None = None,
+    ):
+        self._checkpoints = {source or EMBEDDED: _Checkpoint(source or None) for source in sources}
+        self._load = load
+        self._free_memory = free_memory or available_memory
+        self._lock = Lock()
+        self._is_closing = False
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._checkpoints)
+
+    def close(self) -> None:
+        """Let nobody begin to use one; who does already may finish."""
+        with self._lock:
+            self._is_closing = True
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any of them is being used."""
+        return any(checkpoint.users for checkpoint in self._checkpoints.values())
+
+    def start(self, name: str) -> Future[VisionLanguageModel]:
+        """Begin to load a checkpoint, unless it is loaded or about to be; one that failed is tried again."""
+        with self._lock:
+            checkpoint = self._find(name)
+            loaded = checkpoint.loaded
+            if loaded is None or loaded.done() and loaded.exception() is not None:
+                loaded = checkpoint.loaded = Future()
+                Thread(target=self._load_into, args=(checkpoint, loaded), daemon=True).start()
+        return loaded
+
+    def is_loaded(self, name: str) -> bool:
+        loaded = self._find(name).loaded
+        return loaded is not None and loaded.done() and loaded.exception() is None
+
+    def status(self, name: str) -> str:
+        """What a checkpoint runs as, or how far its loading is."""
+        checkpoint = self._find(name)
+        if checkpoint.loaded is None:
+            return "This checkpoint is loaded with the first question."
+        if checkpoint.loaded.done():
+            if error := checkpoint.loaded.exception():
+                return str(error)
+            vlm = checkpoint.loaded.result()
+            return f"It runs in {str(vlm.weight_dtype).removeprefix('torch.')} on {vlm.device}."
+        done = "" if checkpoint.fraction is None else f" {checkpoint.fraction:.0%}"
+        return f"Loading the model: {checkpoint.doing}{done} … You can already ask; the answer comes when it is ready."
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Inside, the checkpoint is not unloaded, and it is on its way if it is not there."""
+        checkpoint = self._find(name)
+        with self._lock:
+            if self._is_closing:
+                raise PaliGemmaError("The page is about to start anew; please ask again in a minute.")
+            checkpoint.users += 1
+        try:
+            self.start(name)
+            yield
+        finally:
+            with self._lock:
+                checkpoint.users -= 1
+                checkpoint.last_used = time.monotonic()
+
+    def wait(self, name: str) -> Iterator[str]:
+        """Yield the status again and again until the checkpoint is loaded, or has failed to."""
+        loaded = self.start(name)
+        while not loaded.done():
+            yield self.status(name)
+            time.sleep(STATUS_SECONDS)
+
+    def get(self, name: str) -> VisionLanguageModel:
+        """The model, once it is loaded.
+
+        Raises:
+            PaliGemmaError: it could not be, or there is none of this name.
+        """
+        return self.start(name).result()
+
+    def _find(self, name: str) -> _Checkpoint:
+        if name not in self._checkpoints:
+            raise PaliGemmaError(
+                f"The checkpoint {name} is not offered here; please choose one of {', '.join(self._checkpoints)}."
+            )
+        return self._checkpoints[name]
+
+    def _load_into(self, checkpoint: _Checkpoint, loaded: Future[VisionLanguageModel]) -> None:
+        def report(doing: str, fraction: float | None) -> None:
+            checkpoint.doing, checkpoint.fraction = doing, fraction
+
+        try:
+            loaded.set_result(self._load(checkpoint.source, progress=report, make_room=self._make_room))
+        except BaseException as error:  # whoever waits is told
+            loaded.set_exception(error)
+
+    def _make_room(self, needed: int) -> None:
+        """Unload idle checkpoints, the least recently used first, until `needed` bytes are free."""
+        while self._free_memory() < needed:
+            with self._lock:
+                idle = [one for one in self._checkpoints.values() if not one.users and one.loaded and one.loaded.done()]
+                if not idle:
+                    return  # what is there must do
+                oldest = min(idle, key=lambda one: one.last_used)
+                log.info("unloading %s for room", oldest.source or EMBEDDED)
+                oldest.loaded = None
+            _free()
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that a model could still take: of the GPU where there is one, else of the machine and of this container."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    free = [int(line.split()[1]) * 1024 for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
+    group = root / "sys/fs/cgroup"
+    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
+    if limit and used and limit[0] != "max":
+        # What is only there to read files faster can be had at any time.
+        reclaimable = [
+            int(line.split()[1]) for line in _lines(group / "memory.stat") if line.startswith("inactive_file ")
+        ]
+        free.append(int(limit[0]) - int(used[0]) + sum(reclaimable))
+    return min(free, default=2**63)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _free() -> None:
+    import torch
+
+    from .checkpoints import give_back_freed_memory
+
+    gc.collect()
+    give_back_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class Answer:
+    """One prompt's answer as it grows, with the seconds after the request at which its tokens came."""
+
+    prompt: str
+    annotated: AnnotatedText = field(default_factory=AnnotatedText)
+    text: str = ""
+    times: list[float] = field(default_factory=list)
+    is_finished: bool = False
+
+    @classmethod
+    def of(cls, prompt: str, text: str) -> Answer:
+        """One that was given before."""
+        answer = cls(prompt, AnnotatedText(text), text, is_finished=True)
+        answer.annotated.finish()
+        return answer
+
+    @property
+    def seconds_to_first_token(self) -> float | None:
+        return self.times[0] if self.times else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """After the first token, which waits for the picture."""
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else None
+
+
+def answer_prompts(
+    vlm: VisionLanguageModel, picture: Image.Image, prompts: Sequence[str], **settings: float | int | None
+) -> Iterator[list[Answer]]:
+    """Answer one prompt after another about one picture, whose features are computed once.
+
+    All prompts are checked before the first is answered. One line a prompt is logged: what was done and how fast, never
+    what was asked or shown.
+
+    Args:
+        settings: as for `VisionLanguageModel.stream`.
+
+    Yields:
+        the answers so far, the last of them growing; at first none.
+    """
+    streams = [vlm.stream(picture, prompt, **settings) for prompt in prompts]
+    answers: list[Answer] = []
+    yield answers
+    for prompt, tokens in zip(prompts, streams):
+        answer, start, outcome = Answer(prompt), time.perf_counter(), "stopped"
+        answers.append(answer)
+        try:
+            for token in tokens:
+                answer.times.append(time.perf_counter() - start)
+                answer.text += token.text
+                answer.annotated.push(token.text)
+                yield answers
+            answer.annotated.finish()
+            answer.is_finished = True
+            outcome = "finished"
+            yield answers
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            _log(answer, picture, outcome)
+
+
+def _log(answer: Answer, picture: Image.Image, outcome: str) -> None:
+    task = task_of(answer.prompt)
+    first, rate = answer.seconds_to_first_token, answer.tokens_per_second
+    log.info(
+        "task=%s picture=%dx%d prompt_characters=%d tokens=%d first_token=%s tokens_per_second=%s outcome=%s",
+        task.word if task else FREE_QUESTION,
+        *picture.size,
+        len(answer.prompt),
+        len(answer.times),
+        "-" if first is None else f"{first:.3f}s",
+        "-" if rate is None else f"{rate:.1f}",
+        outcome,
+    )

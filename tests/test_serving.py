@@ -1,0 +1,168 @@
+"""Checkpoints come and go as they are needed, and each answer leaves one line in the log."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+from conftest import EXAMPLES, Watched, wait_until
+from PIL import Image
+
+from paligemma import PaliGemmaError
+from paligemma.serving import EMBEDDED, Answer, Models, answer_prompts, available_memory
+
+PICTURE = Image.open(EXAMPLES / "cats.png")
+GIGABYTE = 2**30
+
+
+class Machine:
+    """Memory for so many gigabytes of checkpoints, and what was loaded into it, in order."""
+
+    def __init__(self, room, tiny):
+        self.room, self.tiny, self.loaded = room, tiny, []
+        self.models = Models(["a", "b", "c"], self.load, lambda: (self.room - len(self.here)) * GIGABYTE)
+
+    @property
+    def here(self):
+        return [name for name in self.models.names if self.models.is_loaded(name)]
+
+    def load(self, source, progress, make_room):
+        make_room(GIGABYTE)
+        self.loaded.append(source)
+        return self.tiny
+
+    def use(self, name):
+        with self.models.use(name):
+            return self.models.get(name)
+
+
+def test_a_checkpoint_is_loaded_once_when_it_is_first_used(tiny):
+    machine = Machine(3, tiny)
+    assert machine.here == []
+    for name in ("b", "b", "a", "b"):
+        assert machine.use(name) is tiny
+    assert machine.loaded == ["b", "a"]
+    assert machine.here == ["a", "b"]
+
+
+def test_the_least_recently_used_makes_room(tiny):
+    machine = Machine(2, tiny)
+    for name in ("a", "b", "a", "c"):
+        machine.use(name)
+    assert machine.here == ["a", "c"]
+    machine.use("b")
+    assert machine.loaded == ["a", "b", "c", "b"]
+    assert machine.here == ["b", "c"]
+
+
+def test_what_is_being_used_stays(tiny):
+    machine = Machine(1, tiny)
+    with machine.models.use("a"):
+        machine.models.get("a")
+        machine.use("b")
+        assert machine.here == ["a", "b"], "memory is short, but there is an answer under way"
+    machine.use("c")
+    assert machine.here == ["c"]
+
+
+def test_who_waits_is_told_how_far_the_loading_is_and_a_failure_is_tried_again(tiny):
+    go_on, attempts = threading.Event(), []
+
+    def load(source, progress, make_room):
+        attempts.append(source)
+        progress("Reading the weights", 0.42)
+        assert go_on.wait(60)
+        if len(attempts) == 1:
+            raise PaliGemmaError("There is no such checkpoint; please choose another.")
+        return tiny
+
+    models = Models([None], load)
+    assert models.names == [EMBEDDED]
+    told = models.wait(EMBEDDED)
+    assert "Loading the model" in next(told)
+    wait_until(lambda: "Reading the weights 42%" in models.status(EMBEDDED))
+    go_on.set()
+    assert all("Loading" in line for line in told)
+    assert models.status(EMBEDDED) == "There is no such checkpoint; please choose another."
+    assert not models.is_loaded(EMBEDDED)
+    assert models.get(EMBEDDED) is tiny
+    assert attempts == [None, None]
+
+
+def test_an_unknown_checkpoint_is_named():
+    with pytest.raises(PaliGemmaError, match="The checkpoint x is not offered here; please choose one of a, b."):
+        Models(["a", "b"], None).get("x")
+
+
+def test_after_closing_nobody_begins_but_who_began_may_finish(tiny):
+    machine = Machine(3, tiny)
+    with machine.models.use("a"):
+        machine.models.close()
+        assert machine.models.is_busy
+        assert machine.models.get("a") is tiny
+        with pytest.raises(PaliGemmaError, match="ask again in a minute"):
+            machine.use("a")
+    assert not machine.models.is_busy
+
+
+def test_memory_is_that_of_the_machine_or_of_its_container(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
+    assert available_memory(tmp_path) == 5000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1024\n")
+    assert available_memory(tmp_path) == 5000 * 1024
+    (group / "memory.max").write_text("4096\n")
+    (group / "memory.stat").write_text("anon 10\ninactive_file 512\n")
+    assert available_memory(tmp_path) == 4096 - 1024 + 512
+
+
+def test_prompts_are_answered_one_after_another_and_the_picture_is_seen_once(tiny, monkeypatch):
+    seen = []
+    image_features = tiny.model.image_features
+    monkeypatch.setattr(tiny.model, "image_features", lambda pixels: seen.append(1) or image_features(pixels))
+    monkeypatch.setattr(tiny, "_features", type(tiny._features)(2**20))
+    prompts = ["caption en", "detect cat"]
+    steps = [
+        [(answer.text, answer.is_finished) for answer in answers] for answers in answer_prompts(tiny, PICTURE, prompts)
+    ]
+    assert steps[0] == []
+    assert steps[-1] == [(tiny.generate(PICTURE, prompt), True) for prompt in prompts]
+    lengths = [sum(len(text) for text, _ in step) for step in steps]
+    assert lengths == sorted(lengths)
+    assert len(seen) == 1
+
+
+def test_a_bad_prompt_among_several_is_found_before_the_first_answer(tiny):
+    with pytest.raises(PaliGemmaError, match="prompt is empty"):
+        next(answer_prompts(tiny, PICTURE, ["caption en", ""]))
+
+
+def test_each_answer_leaves_one_line_that_tells_nothing_of_its_content(tiny, caplog):
+    with caplog.at_level(logging.INFO, logger="paligemma"):
+        list(answer_prompts(tiny, PICTURE, ["detect cat", "is this a secret?"]))
+        growing = answer_prompts(Watched(tiny), PICTURE, ["caption en"])
+        next(growing), next(growing)
+        growing.close()
+    first, second, third = (record.getMessage() for record in caplog.records)
+    width, height = PICTURE.size
+    assert first.startswith(f"task=detect picture={width}x{height} prompt_characters=10 tokens=")
+    assert first.endswith("outcome=finished")
+    assert "first_token=" in first
+    assert "tokens_per_second=" in first
+    assert second.startswith("task=question")
+    assert third.endswith("tokens=1 first_token=" + third.split("first_token=")[1])
+    assert third.endswith("outcome=stopped")
+    assert "secret" not in caplog.text
+    assert "cats" not in caplog.text
+
+
+def test_an_answer_of_before_is_read_again():
+    answer = Answer.of("detect cat", "<loc0256><loc0128><loc0512><loc0768> cat ; <loc0001>")
+    assert [found.label for found in answer.annotated.detections] == ["cat"]
+    assert answer.annotated.problems == ["a box of 1 instead of 4 locations"]
+    assert answer.is_finished
+    assert answer.tokens_per_second is None
