@@ -1,0 +1,175 @@
+"""An answer as others take it: marks on the picture, coloured words, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .annotations import Detection, Part, place_mask, run_lengths
+from .serving import Answer
+
+# One colour after another: white letters on each of them, and each on white, have a contrast above 4.5 (WCAG 2, AA).
+COLOURS = ("#c62828", "#1565c0", "#2e7d32", "#7b1fa2", "#9a4a00", "#00695c", "#ad1457", "#4a5568")
+UNNAMED = "object"
+MAX_LINKED = 64  # objects that light up together with their words
+OUTLINE_STEPS = 96  # rows that a mask is cut into for the page
+MASK_OPACITY = 0.45
+
+
+@dataclass(frozen=True)
+class MarkedObject:
+    """A detection with its colour, and its mask, float32 [64, 64] and above zero inside, where it has one."""
+
+    detection: Detection
+    colour: str
+    mask: np.ndarray | None = None
+
+    @property
+    def label(self) -> str:
+        return self.detection.label or UNNAMED
+
+
+def mark_objects(
+    detections: Iterable[Detection], decode_mask: Callable[[Sequence[int]], np.ndarray | None] | None
+) -> list[MarkedObject]:
+    """Give each detection a colour, and its mask if there are codes and a decoder; see `decode_mask` of the model."""
+    return [
+        MarkedObject(
+            found, COLOURS[place % len(COLOURS)], decode_mask(found.codes) if found.codes and decode_mask else None
+        )
+        for place, found in enumerate(detections)
+    ]
+
+
+def to_json(objects: Iterable[MarkedObject], size: tuple[int, int]) -> list[dict[str, object]]:
+    """Objects for programs.
+
+    Args:
+        size: width and height of the picture in pixels.
+
+    Returns:
+        for each object `label`, `box` [x_min, y_min, x_max, y_max] in pixels, and `mask`, None or COCO's run lengths.
+    """
+    return [
+        {
+            "label": marked.label,
+            "box": list(marked.detection.in_pixels(*size)),
+            "mask": None if marked.mask is None else run_lengths(place_mask(marked.mask, marked.detection, *size)),
+        }
+        for marked in objects
+    ]
+
+
+def draw(picture: Image.Image, objects: Sequence[MarkedObject]) -> Image.Image:
+    """A copy of the picture, RGB, with masks, boxes and names drawn on it."""
+    drawn = picture.convert("RGB")
+    for marked in objects:
+        if marked.mask is not None:
+            inside = place_mask(marked.mask, marked.detection, *drawn.size) * round(255 * MASK_OPACITY)
+            drawn.paste(marked.colour, mask=Image.fromarray(inside.astype(np.uint8)))
+    pen = ImageDraw.Draw(drawn)
+    line = max(2, min(drawn.size) // 200)
+    font = ImageFont.load_default(max(12, min(drawn.size) // 25))
+    for marked in objects:
+        x_min, y_min, x_max, y_max = marked.detection.in_pixels(*drawn.size)
+        pen.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)), outline=marked.colour, width=line)
+        left, top, right, bottom = pen.textbbox((0, 0), marked.label, font)
+        height = bottom + top
+        y = y_min - height if y_min >= height else y_min
+        pen.rectangle((x_min, y, x_min + right + 2 * line, y + height), fill=marked.colour)
+        pen.text((x_min + line, y), marked.label, "white", font)
+    return drawn
+
+
+def figure_html(picture_url: str, size: tuple[int, int], objects: Sequence[MarkedObject]) -> str:
+    """The picture with its marks as SVG, each object's with the number that `text_html` gives its words."""
+    width, height = size
+    marks = "".join(_mark_svg(number, marked, size) for number, marked in enumerate(objects))
+    names = ", ".join(marked.label for marked in objects)
+    return (
+        f'<div class="marked" style="aspect-ratio: {width} / {height}; --shape: {width / height:.4f}">'
+        f'<img src="{escape(picture_url)}" alt="Your picture with {len(objects)} marked: {escape(names)}">'
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">{marks}</svg></div>'
+    )
+
+
+def _mark_svg(number: int, marked: MarkedObject, size: tuple[int, int]) -> str:
+    x_min, y_min, x_max, y_max = marked.detection.in_pixels(*size)
+    text_size = max(size) / 28
+    y = y_min if y_min >= 1.4 * text_size else y_min + 1.4 * text_size
+    label, letters = escape(marked.label), len(marked.label)
+    outline = "" if marked.mask is None else _outline_svg(marked.mask, (x_min, y_min, x_max, y_max))
+    # The background of the name: SVG cannot measure a text, so its width is that of average letters.
+    return (
+        f'<g data-object="{number}" style="--colour: {marked.colour}">{outline}'
+        f'<rect class="box" x="{x_min}" y="{y_min}" width="{x_max - x_min}" height="{y_max - y_min}"/>'
+        f'<rect class="name" x="{x_min}" y="{y - 1.4 * text_size:.1f}" width="{(0.58 * letters + 0.8) * text_size:.1f}"'
+        f' height="{1.4 * text_size:.1f}"/>'
+        f'<text x="{x_min + 0.4 * text_size:.1f}" y="{y - 0.4 * text_size:.1f}" font-size="{text_size:.1f}"'
+        f' textLength="{0.58 * letters * text_size:.1f}" lengthAdjust="spacingAndGlyphs">{label}</text></g>'
+    )
+
+
+def _outline_svg(mask: np.ndarray, box: tuple[int, int, int, int]) -> str:
+    """A mask as rows of bars, in a grid that is stretched over its box."""
+    x_min, y_min, x_max, y_max = box
+    inside = place_mask(mask, Detection("", (0.0, 0.0, 1.0, 1.0)), OUTLINE_STEPS, OUTLINE_STEPS)
+    bars = "".join(f"M{start} {row}h{end - start}v1h{start - end}z" for row, start, end in _bars(inside))
+    scale = f"{(x_max - x_min) / OUTLINE_STEPS:.4f} {(y_max - y_min) / OUTLINE_STEPS:.4f}"
+    return f'<path class="mask" transform="translate({x_min} {y_min}) scale({scale})" d="{bars}"/>'
+
+
+def _bars(inside: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Row, first column and column after the last of each run that is inside."""
+    edges = np.diff(np.pad(inside.astype(np.int8), ((0, 0), (1, 1))))
+    for (row, start), (_, end) in zip(np.argwhere(edges == 1), np.argwhere(edges == -1)):
+        yield int(row), int(start), int(end)
+
+
+def answers_html(answers: Iterable[Answer], objects: Sequence[MarkedObject], empty: str) -> str:
+    """Each prompt with its answer, the words of each object in its colour.
+
+    Args:
+        objects: those of all answers, in order.
+        empty: what is said of a finished answer without words.
+    """
+    html, first = [], 0
+    for answer in answers:
+        text = _text_html(answer.annotated.parts, objects, first)
+        first += len(answer.annotated.detections)
+        if answer.is_finished and not answer.text:
+            text = f"<em>{escape(empty)}</em>"
+        skipped = "; ".join(answer.annotated.problems)
+        note = f'<p class="note">Left out, since it is broken: {escape(skipped)}.</p>' if skipped else ""
+        html.append(f'<div class="answer"><code>{escape(answer.prompt)}</code><p class="text">{text}</p>{note}</div>')
+    return "".join(html)
+
+
+def _text_html(parts: Iterable[Part], objects: Sequence[MarkedObject], first: int) -> str:
+    html, number = [], first
+    for part in parts:
+        if part.detection is None:
+            kind = "skipped" if part.problem else "plain"
+            html.append(f'<span class="{kind}">{escape(part.text)}</span>')
+            continue
+        marks = part.text.removesuffix(part.detection.label)
+        html.append(
+            f'<span class="object" data-object="{number}" tabindex="0" style="--colour: {objects[number].colour}">'
+            f"<small>{escape(marks)}</small><b>{escape(part.detection.label)}</b></span>"
+        )
+        number += 1
+    return "".join(html)
+
+
+def linking_css() -> str:
+    """Rules that dim all marks but one while the pointer or the focus is on it or on its words."""
+    lit = ", ".join(
+        f'#result:has([data-object="{number}"]:is(:hover, :focus)) .marked g[data-object="{number}"]'
+        for number in range(MAX_LINKED)
+    )
+    others = "#result:has([data-object]:is(:hover, :focus)) .marked g"
+    return f"{others} {{ opacity: 0.15; }} {lit} {{ opacity: 1; }}"

@@ -1,0 +1,105 @@
+"""Answers as pictures, coloured words and JSON."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from paligemma.annotations import Detection
+from paligemma.rendering import COLOURS, answers_html, draw, figure_html, mark_objects, to_json
+from paligemma.serving import Answer
+
+LEFT_HALF = np.where(np.arange(64) < 32, 1.0, -1.0).astype(np.float32)[None].repeat(64, 0)
+CAT = Detection("cat", (0.25, 0.25, 0.75, 0.75), (5,) * 16)
+DOG = Detection("dog", (0.0, 0.5, 0.25, 1.0 - 1 / 1024))
+
+
+def decode_mask(codes):
+    return LEFT_HALF
+
+
+def luminance(colour):
+    channels = np.array(ImageColor.getrgb(colour)) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_white_letters_can_be_read_on_each_colour(colour):
+    assert 1.05 / (luminance(colour) + 0.05) >= 4.5
+
+
+def test_neighbours_in_an_answer_have_different_colours():
+    objects = mark_objects([CAT] * (len(COLOURS) + 1), decode_mask)
+    assert len({marked.colour for marked in objects[:-1]}) == len(COLOURS)
+    assert objects[0].colour == objects[-1].colour
+
+
+def test_without_a_decoder_a_mask_is_a_box():
+    (cat,) = mark_objects([CAT], None)
+    assert cat.mask is None
+    assert to_json([cat], (400, 200)) == [{"label": "cat", "box": [100, 50, 300, 150], "mask": None}]
+
+
+def test_json_has_pixels_of_the_original_picture_and_run_lengths():
+    cat, dog = to_json(mark_objects([CAT, DOG], decode_mask), (400, 200))
+    assert (cat["label"], cat["box"]) == ("cat", [100, 50, 300, 150])
+    assert cat["mask"]["size"] == [200, 400]
+    # One hundred columns have a hundred pixels of the cat.
+    assert sum(cat["mask"]["counts"][1::2]) == pytest.approx(100 * 100, rel=0.02)
+    assert dog == {"label": "dog", "box": [200, 0, 400, 50], "mask": None}
+
+
+def test_marks_are_drawn_in_the_size_of_the_picture():
+    picture = Image.new("L", (400, 200), 255)
+    drawn = draw(picture, mark_objects([CAT, DOG], decode_mask))
+    assert (drawn.mode, drawn.size) == ("RGB", (400, 200))
+    cat, dog = (ImageColor.getrgb(colour) for colour in COLOURS[:2])
+    assert drawn.getpixel((100, 100)) == cat, "the box"
+    assert drawn.getpixel((299, 100)) == cat
+    assert drawn.getpixel((200, 40)) == dog
+    inside, outside = drawn.getpixel((150, 100)), drawn.getpixel((250, 100))
+    assert outside == (255, 255, 255)
+    assert inside != outside, "the mask"
+    assert picture.getpixel((100, 100)) == 255, "the picture itself stays as it is"
+
+
+def test_an_object_on_the_edge_of_a_tiny_picture_is_drawn():
+    draw(Image.new("RGB", (1, 1)), mark_objects([CAT, DOG], decode_mask))
+
+
+def test_words_and_marks_carry_the_same_number_and_colour():
+    answers = [
+        Answer.of("caption en", "a cat"),
+        Answer.of(
+            "detect cat ; dog", "<loc0256><loc0256><loc0768><loc0768> cat ; <loc0000><loc0512><loc0256><loc1023> dog"
+        ),
+        Answer.of("detect dog", "<loc0000><loc0512><loc0256><loc1023> dog"),
+    ]
+    found = [one for answer in answers for one in answer.annotated.detections]
+    objects = mark_objects(found, decode_mask)
+    pattern = r'data-object="(\d)"[^>]*--colour: (#\w+)'
+    words = re.findall(pattern, answers_html(answers, objects, "none"))
+    marks = re.findall(pattern, figure_html("file=cat.png", (400, 200), objects))
+    assert words == marks == [(str(number), COLOURS[number]) for number in range(3)]
+
+
+def test_what_people_and_models_write_is_no_markup():
+    answers = [Answer.of("<b>", "<script> & <loc0256><loc0256><loc0768><loc0768> c&t")]
+    objects = mark_objects(answers[0].annotated.detections, decode_mask)
+    html = answers_html(answers, objects, "none") + figure_html('x" onerror="y', (4, 4), objects)
+    assert "<script" not in html
+    assert "<code><b>" not in html
+    assert "c&amp;t" in html
+    assert 'onerror="' not in html
+
+
+def test_empty_and_broken_answers_are_explained():
+    assert "there is none" in answers_html([Answer.of("detect cat", "")], [], "there is none")
+    assert "there is none" not in answers_html([Answer("detect cat")], [], "there is none"), "it has only begun"
+    broken = answers_html([Answer.of("detect cat", "<loc0256> cat")], [], "")
+    assert "a box of 1 instead of 4 locations" in broken
+    assert "&lt;loc0256&gt; cat" in broken, "the text stays"
