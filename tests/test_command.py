@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+import pytest
+from conftest import EXAMPLES
+from gradio_client import Client, handle_file
+from random_checkpoints import make_reference, save_reference
+
+import paligemma
+
+PICTURE = EXAMPLES / "cats.png"
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,26 +34,127 @@ def run_app(*arguments, **environment):
     )
 
 
-def test_the_command_serves_the_page():
+@contextmanager
+def served(*arguments, **environment):
+    """The command with a page that answers, and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = run_app("--port", str(port), "--host", "127.0.0.1", HF_HUB_OFFLINE="1")
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    process = run_app("--port", address.rpartition(":")[2], "--host", "127.0.0.1", *arguments, **environment)
     try:
         end = time.monotonic() + 120
         while True:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5) as answer:
-                    assert answer.status == 200
-                    assert "PaliGemma" in answer.read().decode()
+                if httpx.get(address, timeout=5).status_code == 200:
                     break
-            except OSError:
+            except httpx.HTTPError:
                 assert process.poll() is None, process.stdout.read()
-                assert time.monotonic() < end, "the page does not come up"
-                time.sleep(0.2)
+            assert time.monotonic() < end, "the page does not come up"
+            time.sleep(0.2)
+        yield process, address
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_command_serves_the_page():
+    with served(HF_HUB_OFFLINE="1") as (_, address):
+        assert "PaliGemma" in httpx.get(address).text
+        assert httpx.get(f"{address}/config").json()["analytics_enabled"] is False
+
+
+def test_a_private_page_lets_in_who_knows_the_password():
+    with served("--auth", "ada:love:lace") as (_, address):
+        assert httpx.get(f"{address}/config").status_code == 401
+        assert httpx.post(f"{address}/login", data={"username": "ada", "password": "wrong"}).status_code == 400
+        Client(address, auth=("ada", "love:lace"), verbose=False)
+
+
+@pytest.mark.parametrize("pair", ["ada", "ada:", ":lovelace"])
+def test_half_a_password_is_refused(pair):
+    output, _ = run_app("--auth", pair).communicate(timeout=120)
+    assert output.strip().endswith("--auth takes a name and a password with a colon between them: --auth ada:lovelace")
+
+
+def test_agents_need_one_more_package_which_is_named(monkeypatch, capsys):
+    import app
+
+    monkeypatch.setattr(sys, "argv", ["app.py", "--mcp"])
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        app.main()
+    assert 'pip install "gradio[mcp]"' in capsys.readouterr().err
+
+
+def test_several_checkpoints_are_offered(tmp_path):
+    folder = save_reference(make_reference(std=0.2), tmp_path / "other")
+    with served(PALIGEMMA_MODELS=f"embedded, {folder}") as (_, address):
+        (menu,) = [
+            component["props"]
+            for component in httpx.get(f"{address}/config").json()["components"]
+            if component["props"].get("elem_id") == "checkpoint"
+        ]
+    assert [name for name, _ in menu["choices"]] == ["embedded", str(folder)]
+    assert menu["visible"]
+
+
+def test_the_end_waits_for_the_answer_under_way(tmp_path):
+    folder = save_reference(make_reference(std=0.2), tmp_path / "long_winded")
+    with served("--model", str(folder)) as (process, address):
+        client = Client(address, verbose=False)
+        job = client.submit(handle_file(PICTURE), "caption en", max_new_tokens=256, api_name="/generate")
+        next(iter(job))
+        assert not job.done()
+        process.send_signal(signal.SIGTERM)
+        job.result(timeout=60)
+        assert process.wait(timeout=60) == 0
+        log = process.stdout.read()
+    assert "tokens=256" in log
+    assert "outcome=finished" in log
+
+
+def test_on_zero_gpu_a_gpu_is_asked_for_as_long_as_the_answer_may_take(tmp_path):
+    # As the real one, which runs the function in another process.
+    (tmp_path / "spaces.py").write_text("""
+import pickle
+
+def GPU(duration):
+    def decorate(function):
+        def decorated(*arguments):
+            print("seconds", duration(*arguments))
+            for result in function(*pickle.loads(pickle.dumps(arguments))):
+                yield pickle.loads(pickle.dumps(result))
+        return decorated
+    return decorate
+""")
+    code = f"""
+import sys
+import app
+assert "torch" not in sys.modules, "spaces comes first"
+from gradio.utils import get_upload_folder
+import pathlib, shutil
+picture = pathlib.Path(get_upload_folder(), "zero", "cats.png")
+picture.parent.mkdir(parents=True, exist_ok=True)
+shutil.copy({str(PICTURE)!r}, picture)
+page = app.build_page(app.Models([None], app.paligemma.load))
+generate = next(one.fn for one in page.fns.values() if one.api_name == "generate")
+for tokens in (10, 200):
+    for text, objects in generate(dict(path=str(picture)), "caption en", tokens):
+        pass
+    print("answer", text)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout.splitlines()
+    few, text, many, same_text = (line.partition(" ")[2] for line in output)
+    assert float(few) < float(many) <= 120
+    assert text == same_text == paligemma.load().generate(PICTURE, "caption en")
 
 
 def test_a_checkpoint_that_is_not_there_ends_with_one_sentence():

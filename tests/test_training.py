@@ -233,6 +233,10 @@ def test_every_word_of_the_tasks_is_one_token_and_painted_words_are_letters():
     assert all("<unk>" not in tokenizer.encode(text).tokens for text in every_text())
 
 
+def test_the_embedded_checkpoint_has_the_tokenizer_that_training_builds(tiny):
+    assert tiny.processor.tokenizer.to_str() == build_tokenizer().to_str()
+
+
 def test_labels_are_the_next_tokens_of_the_answer_only(tiny):
     rows = collate(tiny.processor, [0, 0], [("caption en", "a cat"), ("detect owl", "")])
     tokenizer, eos = tiny.processor.tokenizer, tiny.config.eos_token_ids[0]

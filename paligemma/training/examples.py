@@ -15,22 +15,24 @@ FOLDER = Path(__file__).parent.parent / "examples"
 SIZE = 448
 SPRITE_SIZE = 320
 SHEET_SPRITE_SIZE = 160  # the whole sheet stays far below 10 MB
-# File name, what is on it, and a seed: one of a few whose picture looks good and is answered rightly, so that they show
-# what the page does; how often the checkpoint is right, its card says.
+# File name, what is on it, the word in it, and a seed: one of a few whose picture looks good and is answered rightly, so
+# that they show what the page does; how often the checkpoint is right, its card says.
 EXAMPLES = [
-    ("cats", ["cat", "cat"], 11),
-    ("picnic", ["apple", "banana", "apple"], 4),
-    ("traffic", ["car", "car", "car"], 51),
-    ("music", ["guitar", "drum"], 74),
+    ("cats", ["cat", "cat"], "", 11),
+    ("picnic", ["apple", "banana", "apple"], "", 4),
+    ("traffic", ["car", "bus", "car"], "", 51),
+    ("music", ["guitar", "drum"], "", 74),
+    ("sign", ["cactus"], "OPEN", 1),
 ]
 
 
 def main() -> None:
     painter = Painter(load_sprites(SPRITE_SIZE), load_fonts(), restyled=0.0)
     index = {kind.name: number for number, kind in enumerate(KINDS)}
-    for name, kinds, seed in EXAMPLES:
-        scene = painter.scene(np.random.default_rng(seed), SIZE, [index[kind] for kind in kinds])
+    for name, kinds, word, seed in EXAMPLES:
+        scene = painter.scene(np.random.default_rng(seed), SIZE, [index[kind] for kind in kinds], word)
         assert len(scene.objects) == len(kinds), f"{name}: an object found no place, choose another seed"
+        assert scene.word == word, f"{name}: the word found no place, choose another seed"
         palette = scene.image.quantize(256, dither=Image.Dither.FLOYDSTEINBERG)  # a third of the bytes
         palette.save(FOLDER / f"{name}.png", optimize=True)
     pack_sheet(load_sprites(SHEET_SPRITE_SIZE)).save(SHEET, quality=82, method=4)

@@ -1,0 +1,242 @@
+"""The endpoints on a real server, as programs and agents call them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import subprocess
+import sys
+
+import httpx
+import pytest
+from conftest import EXAMPLES, ONE_TOKEN, Watched, tokens_after, wait_until, write_png_that_claims
+from gradio_client import Client, handle_file
+from mcp import ClientSession
+from mcp.client.streamable_http import streamablehttp_client
+from PIL import Image
+
+import paligemma
+from paligemma.annotations import find_detections
+
+PICTURE = EXAMPLES / "picnic.png"
+JAVASCRIPT_CLIENT = "@gradio/client@2.7.0"
+
+
+@pytest.fixture
+def client(page_address):
+    return Client(page_address, verbose=False)
+
+
+def test_each_endpoint_has_its_documented_parameters(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    parameters = {
+        name: [parameter["parameter_name"] for parameter in endpoint["parameters"]]
+        for name, endpoint in endpoints.items()
+    }
+    assert parameters == {
+        "/generate": ["image", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"],
+        "/caption": ["image", "language"],
+        "/detect": ["image", "objects"],
+        "/segment": ["image", "objects"],
+    }
+    assert all(endpoint["description"] for endpoint in endpoints.values())
+
+
+def test_a_caption_is_a_text(client, tiny):
+    assert client.predict(handle_file(PICTURE), api_name="/caption") == tiny.generate(PICTURE, "caption en")
+
+
+def test_what_is_detected_comes_as_json_beside_the_picture(client, tiny):
+    drawn, objects = client.predict(handle_file(PICTURE), "apple", api_name="/detect")
+    with Image.open(drawn) as picture, Image.open(PICTURE) as original:
+        assert picture.size == original.size
+        assert picture.convert("RGB") != original.convert("RGB")
+    found = find_detections(tiny.generate(PICTURE, "detect apple"))
+    assert objects == [{"label": "apple", "box": list(one.in_pixels(*original.size)), "mask": None} for one in found]
+    assert objects
+
+
+def test_what_is_segmented_has_run_lengths(serve, with_mask_decoder):
+    class Segmenting(Watched):
+        """Answers every prompt with one mask."""
+
+        def stream(self, *arguments, **settings):
+            assert arguments[1] == "segment cat"
+            return iter([paligemma.Token(0, "<loc0256><loc0256><loc0768><loc0768>" + "<seg005>" * 16 + " cat", 1.0)])
+
+    client = Client(serve(Segmenting(with_mask_decoder)), verbose=False)
+    _, (cat,) = client.predict(handle_file(PICTURE), "cat", api_name="/segment")
+    width, height = Image.open(PICTURE).size
+    assert cat["mask"]["size"] == [height, width]
+    assert sum(cat["mask"]["counts"]) == width * height
+    assert sum(cat["mask"]["counts"][1::2]) == (width // 2) * (height // 2)
+
+
+def test_the_client_receives_a_growing_text(client, tiny):
+    picture = EXAMPLES / "music.png"
+    texts = [outputs[0] for outputs in client.submit(handle_file(picture), "caption en", api_name="/generate")]
+    texts = [text for text, following in zip(texts, [*texts[1:], None]) if text and text != following]
+    assert len(texts) >= 3
+    assert all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:]))
+    assert texts[-1] == tiny.generate(picture, "caption en")
+
+
+def test_a_client_that_goes_away_ends_the_generation(long_winded_address, watched):
+    script = (
+        "import sys; from gradio_client import Client, handle_file;"
+        "job = Client(sys.argv[1], verbose=False).submit("
+        "    handle_file(sys.argv[2]), 'caption en', max_new_tokens=250, api_name='/generate');"
+        "[None for _ in job]"
+    )
+    before = watched.tokens
+    other = subprocess.Popen([sys.executable, "-c", script, long_winded_address, str(PICTURE)])
+    wait_until(lambda: watched.tokens >= before + 3)
+    assert tokens_after(watched, other.kill) <= ONE_TOKEN
+
+
+def test_requests_are_answered_one_after_another(long_winded_address, watched):
+    clients = [Client(long_winded_address, verbose=False) for _ in range(2)]
+    jobs = [
+        client.submit(handle_file(PICTURE), "caption en", max_new_tokens=6, api_name="/generate") for client in clients
+    ]
+    for job in jobs:
+        job.result(timeout=60)
+    first, second = watched.answers - 1, watched.answers
+    assert watched.answer_of_token[-12:] == [first] * 6 + [second] * 6
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A good picture and three bad ones, by name."""
+    folder = tmp_path_factory.mktemp("files")
+    bad = {name: folder / f"{name}.png" for name in ("text", "empty", "huge")}
+    bad["text"].write_text("just some text")
+    bad["empty"].touch()
+    write_png_that_claims(bad["huge"], 30_000, 30_000)
+    return {"good": PICTURE, **bad}
+
+
+@pytest.mark.parametrize(
+    ("image", "prompt", "sentence"),
+    [
+        (None, "caption en", "There is no picture yet; please upload one or choose an example."),
+        ("text", "caption en", "text.png is not a picture; please choose a PNG, JPEG, WebP or GIF file."),
+        ("empty", "caption en", "The file empty.png is empty; please choose another picture."),
+        (
+            "huge",
+            "caption en",
+            "The picture huge.png has too many pixels; please make it smaller to at most 60 million pixels.",
+        ),
+        ("good", "", "The prompt is empty; please ask something, for example: caption en"),
+        ("good", "cat " * 25_000, "The prompt has 25.* tokens, but .* fit; please shorten it."),
+        ("good", "cat " * 600, "The prompt has 60.* tokens, but this page takes 512; please shorten it."),
+        ("good", "detect <image>", "The prompt contains the reserved token <image>; please remove it."),
+    ],
+)
+def test_wrong_input_gets_one_sentence(client, files, tiny, image, prompt, sentence):
+    picture = handle_file(files[image]) if image else None
+    with pytest.raises(Exception, match=f"^{sentence}$"):
+        client.predict(picture, prompt, api_name="/generate")
+    assert client.predict(handle_file(PICTURE), "caption en", api_name="/generate")[0] == tiny.generate(
+        PICTURE, "caption en"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("max_new_tokens", 0), ("max_new_tokens", 300), ("temperature", -1), ("top_k", -5), ("top_p", 0)],
+)
+def test_a_setting_out_of_range_is_refused(client, setting, value):
+    with pytest.raises(Exception, match=f"^{setting} is {value}; .*please give"):
+        client.predict(handle_file(PICTURE), "caption en", api_name="/generate", **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "name"),
+    [(1, None, "The prompt"), (2, None, "max_new_tokens"), (3, "hot", "temperature"), (6, "x", "seed")],
+)
+def test_a_value_of_the_wrong_type_gets_one_sentence(page_address, position, value, name):
+    data = [{"path": uploaded_path(page_address)}, "caption en", 8, 0, 0, 1, None]
+    data[position] = value
+    assert error_of_call(page_address, data).startswith(name)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", str(PICTURE.resolve()), "/no/such/file.png"])
+def test_a_path_that_was_not_uploaded_is_refused(page_address, path):
+    error = error_of_call(page_address, [{"path": path}, "caption en", 8, 0, 0, 1, None])
+    assert error == "The picture was not uploaded to this page; please upload it."
+
+
+def uploaded_path(address):
+    """Upload the picture by plain HTTP, as any program may; returns the server's path of it."""
+    answer = httpx.post(f"{address}gradio_api/upload", files={"files": PICTURE.open("rb")})
+    return answer.json()[0]
+
+
+def error_of_call(address, data):
+    """Call the endpoint by plain HTTP; returns the sentence of the error that comes back."""
+    event = httpx.post(f"{address}gradio_api/call/generate", json={"data": data}).json()["event_id"]
+    stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=30).text
+    event_name, content = stream.strip().split("\n\n")[-1].split("\n")[:2]
+    assert event_name == "event: error", stream
+    return json.loads(content.removeprefix("data: "))["error"]
+
+
+# --- from other languages, and from agents
+
+
+def test_curl_gets_a_caption(page_address, tiny, tmp_path):
+    script = f"""
+        path=$(curl -sf -F files=@{PICTURE} {page_address}gradio_api/upload | tr -d '[]"')
+        event=$(curl -sf -H 'Content-Type: application/json' {page_address}gradio_api/call/caption \
+            -d '{{"data": [{{"path": "'$path'"}}, "en"]}}' | cut -d '"' -f 4)
+        curl -sfN {page_address}gradio_api/call/caption/$event
+    """
+    stream = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60).stdout
+    assert json.loads(stream.split("data: ")[-1]) == [tiny.generate(PICTURE, "caption en")]
+
+
+def test_javascript_gets_a_growing_text(page_address, tiny, tmp_path):
+    subprocess.run(
+        ["npm", "install", "--silent", "--prefix", tmp_path, JAVASCRIPT_CLIENT], check=True, timeout=300, cwd=tmp_path
+    )
+    script = tmp_path / "ask.mjs"
+    script.write_text("""
+        import { readFileSync } from "node:fs";
+        import { Client } from "@gradio/client";
+
+        const [address, path] = process.argv.slice(2);
+        const app = await Client.connect(address);
+        const image = new Blob([readFileSync(path)], { type: "image/png" });
+        for await (const message of app.submit("/generate", { image, prompt: "caption en" }))
+            if (message.type === "data") console.log(message.data[0]);
+        process.exit();
+    """)
+    lines = subprocess.run(
+        ["node", script, page_address, PICTURE], capture_output=True, text=True, check=True, timeout=120
+    ).stdout.splitlines()
+    assert lines[-1] == tiny.generate(PICTURE, "caption en")
+    assert len(set(lines)) >= 3
+
+
+def test_an_agent_finds_the_tools_and_calls_one(serve, tiny):
+    address = serve(tiny, mcp_server=True)
+
+    async def call():
+        async with (
+            streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            # As bytes: an address on the server's own machine would be refused.
+            image = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
+            return tools, await session.call_tool("caption", {"image": image, "language": "en"})
+
+    tools, result = asyncio.run(call())
+    by_name = {tool.name.removeprefix("app_"): tool for tool in tools}
+    assert set(by_name) == {"generate", "caption", "detect", "segment"}
+    assert "boxes" in by_name["detect"].description
+    assert by_name["detect"].inputSchema["properties"]["objects"]["description"]
+    assert result.content[0].text == tiny.generate(PICTURE, "caption en")
