@@ -51,8 +51,8 @@ STEPS = {
     "masks": 2500,
     "patches": 5250,
     "voice": 1500,
-    "together": 3300,
-    "finish": 600,
+    "together": 2900,
+    "finish": 500,
 }
 PEAKS = {
     "contrastive": 1e-3,
