@@ -45,7 +45,7 @@ MAX_PIXELS = 60_000_000
 MAX_PROMPTS = 8
 MAX_PROMPT_TOKENS = 512
 MAX_NEW_TOKENS = 256
-DEFAULT_NEW_TOKENS = 64
+DEFAULT_NEW_TOKENS = 128  # six masks
 MAX_LINK_CHARACTERS = 2000
 MAX_QUEUE_LENGTH = 32
 MAX_HISTORY = 8
@@ -338,7 +338,12 @@ def build_page(models: Models) -> gr.Blocks:
                     )
                     settings = [
                         gr.Slider(
-                            1, MAX_NEW_TOKENS, value=64, step=1, label="Max new tokens", elem_id="max_new_tokens"
+                            1,
+                            MAX_NEW_TOKENS,
+                            value=DEFAULT_NEW_TOKENS,
+                            step=1,
+                            label="Max new tokens",
+                            elem_id="max_new_tokens",
                         ),
                         gr.Slider(
                             0,

@@ -19,10 +19,10 @@ SHEET_SPRITE_SIZE = 160  # the whole sheet stays far below 10 MB
 # that they show what the page does; how often the checkpoint is right, its card says.
 EXAMPLES = [
     ("cats", ["cat", "cat"], "", 11),
-    ("picnic", ["apple", "banana", "apple"], "", 4),
-    ("traffic", ["car", "bus", "car"], "", 51),
-    ("music", ["guitar", "drum"], "", 74),
-    ("sign", ["cactus"], "OPEN", 1),
+    ("picnic", ["apple", "banana", "apple"], "", 12),
+    ("traffic", ["car", "bus", "car"], "", 20),
+    ("music", ["guitar", "drum"], "", 28),
+    ("sign", ["cactus"], "OPEN", 22),
 ]
 
 
