@@ -307,7 +307,7 @@ def build_page(models: Models) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
                 image = gr.Image(
-                    label="Picture", sources=["upload", "webcam", "clipboard"], height=230, elem_id="picture"
+                    label="Picture", sources=["upload", "webcam", "clipboard"], height=210, elem_id="picture"
                 )
                 draw = gr.Button("New scene", size="sm", visible=first == EMBEDDED, elem_id="draw")
                 tasks = gr.Radio(list(TASK_BY_NAME), value=TASKS[0].name, label="Task", elem_id="tasks")
