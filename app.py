@@ -185,16 +185,22 @@ def build_page(models: Models) -> gr.Blocks:
     def save_picture(record: dict) -> str:
         with _sentences():
             picture = _open(record["path"])
-            path = _new_file(record, "marked.png")
+            path = new_file(record, "marked.png")
             rendering.draw(picture, _given(models, record)[1]).save(path)
         return str(path)
 
     def save_objects(record: dict) -> str:
         with _sentences():
             size = _open(record["path"]).size
-            path = _new_file(record, "objects.json")
+            path = new_file(record, "objects.json")
             path.write_text(json.dumps(rendering.to_json(_given(models, record)[1], size)))
         return str(path)
+
+    def new_file(record: dict, name: str) -> Path:
+        """A place for a file that the visitor may download, and that is deleted with the uploaded ones."""
+        path = Path(tempfile.mkdtemp(dir=get_upload_folder())) / f"{Path(record['path']).stem}-{name}"
+        file.temp_files.add(str(path))
+        return path
 
     def choose_task(name: str, language: str) -> str:
         return TASK_BY_NAME[name].prompt(language)
@@ -514,12 +520,6 @@ def _open(path: str) -> Image.Image:
     if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise paligemma.PaliGemmaError("The picture was not uploaded to this page; please upload it.")
     return open_image(path, MAX_PIXELS)
-
-
-def _new_file(record: dict, name: str) -> Path:
-    """A place for a file that the visitor may download, where old files are deleted."""
-    folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
-    return folder / f"{Path(record['path']).stem}-{name}"
 
 
 def _check_limits(vlm: paligemma.VisionLanguageModel, prompts: list[str], max_new_tokens: float) -> None:

@@ -166,10 +166,10 @@ def _text_html(parts: Iterable[Part], objects: Sequence[MarkedObject], first: in
 
 
 def linking_css() -> str:
-    """Rules that dim all marks but one while the pointer or the focus is on it or on its words."""
-    lit = ", ".join(
-        f'#result:has([data-object="{number}"]:is(:hover, :focus)) .marked g[data-object="{number}"]'
-        for number in range(MAX_LINKED)
-    )
+    """Rules that light up an object's mark and its words together while the pointer or the focus is on either."""
+    chosen = '#result:has([data-object="{}"]:is(:hover, :focus))'
+    numbers = range(MAX_LINKED)
+    marks = ", ".join(f'{chosen.format(number)} .marked g[data-object="{number}"]' for number in numbers)
+    words = ", ".join(f'{chosen.format(number)} .answer [data-object="{number}"]' for number in numbers)
     others = "#result:has([data-object]:is(:hover, :focus)) .marked g"
-    return f"{others} {{ opacity: 0.15; }} {lit} {{ opacity: 1; }}"
+    return f"{others} {{ opacity: 0.15; }} {marks} {{ opacity: 1; }} {words} {{ outline: 2px solid var(--colour); }}"

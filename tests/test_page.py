@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import EXAMPLES, ONE_TOKEN, Watched, tokens_after, wait_until
+from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -150,6 +153,9 @@ def test_objects_appear_while_the_answer_streams_and_light_up_with_their_words(o
     words.nth(1).hover()
     expect(marks.nth(0)).to_have_css("opacity", "0.15")
     expect(marks.nth(1)).to_have_css("opacity", "1")
+    marks.nth(0).locator("rect.box").hover()
+    expect(words.nth(0)).to_have_css("outline-style", "solid")
+    expect(words.nth(1)).to_have_css("outline-style", "none")
     tab.mouse.move(0, 0)
     words.nth(0).focus()
     expect(marks.nth(0)).to_have_css("opacity", "1")
@@ -176,6 +182,18 @@ def test_what_was_found_can_be_taken_away(open_page, serve, tiny):
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.click("#copy")
     wait_until(lambda: tab.evaluate("navigator.clipboard.readText()") == f"{BOX} cat", tab=tab)
+
+
+def test_what_was_taken_away_is_deleted_with_the_uploaded_files(tiny):
+    page = app.build_page(Models([None], lambda source, **_: tiny))
+    folder = Path(get_upload_folder()) / "taken"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(PICTURE, folder)
+    record = {"path": str(folder / PICTURE.name), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
+    for name in ("save_picture", "save_objects"):
+        path = next(event.fn for event in page.fns.values() if event.name == name)(record)
+        assert Path(path).stat().st_size
+        assert any(path in files for files in page.temp_file_sets)
 
 
 def test_a_link_opens_the_page_with_prompt_and_settings(open_page, page_address):
