@@ -32,7 +32,7 @@ from PIL import Image
 import paligemma
 from paligemma import rendering
 from paligemma.annotations import Detection
-from paligemma.serving import EMBEDDED, Answer, Models, answer_prompts
+from paligemma.serving import EMBEDDED, STATUS_SECONDS, Answer, Models, answer_prompts
 from paligemma.tasks import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ MAX_HISTORY = 8
 SCENE_SIZE, SCENE_OBJECTS = 336, 6  # pixels, and how many at most
 FILES_KEPT_SECONDS = 3600
 ONE_AT_A_TIME = "model"  # first come, first served
-STATUS_SECONDS = 0.5
 LAST_ANSWERS_SECONDS = 60  # for what streams when the server is told to end
 ZERO_GPU_SECONDS, ZERO_GPU_SECONDS_A_TOKEN = 15, 0.1  # asked of ZeroGPU for the picture, and for each token
 
@@ -481,7 +480,8 @@ def _on_zero_gpu(answer: Callable) -> Callable:
         return answer
 
     def seconds(checkpoint: str, picture: Image.Image, prompts: list[str], settings: Sequence[float | None]) -> float:
-        return ZERO_GPU_SECONDS + ZERO_GPU_SECONDS_A_TOKEN * len(prompts) * settings[0]
+        max_new_tokens = settings[0] if isinstance(settings[0], (int, float)) else 0  # refused with a sentence later
+        return ZERO_GPU_SECONDS + ZERO_GPU_SECONDS_A_TOKEN * len(prompts) * max_new_tokens
 
     return spaces.GPU(duration=seconds)(answer)
 
@@ -628,7 +628,8 @@ def main() -> None:
         ),
     )
     ending = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
     page = build_page(models)
     page.launch(
         server_name=arguments.host,
@@ -639,13 +640,17 @@ def main() -> None:
         prevent_thread_lock=True,
         **LAUNCH_SETTINGS,
     )
+    loaded = models.start(models.names[0])
+    while not (loaded.done() or ending.wait(STATUS_SECONDS)):
+        pass
     try:
-        models.get(models.names[0])
+        if loaded.done():
+            loaded.result()
     except paligemma.PaliGemmaError as error:
         page.close(verbose=False)
         sys.exit(str(error))
-    while not ending.wait(STATUS_SECONDS):
-        pass
+    ending.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who presses Ctrl-C again does not want to wait
     models.close()
     end = time.monotonic() + LAST_ANSWERS_SECONDS
     while models.is_busy and time.monotonic() < end:
@@ -655,6 +660,7 @@ def main() -> None:
 
 
 def _load(source: str | None, **arguments: object) -> paligemma.VisionLanguageModel:
+    """`paligemma.load`, which brings torch, looked up only now: the page is served before."""
     return paligemma.load(source, **arguments)
 
 

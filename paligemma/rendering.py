@@ -86,7 +86,7 @@ def draw(picture: Image.Image, objects: Sequence[MarkedObject]) -> Image.Image:
 
 
 def figure_html(picture_url: str, size: tuple[int, int], objects: Sequence[MarkedObject]) -> str:
-    """The picture with its marks as SVG, each object's with the number that `text_html` gives its words."""
+    """The picture with its marks as SVG, each object's with the number that `answers_html` gives its words."""
     width, height = size
     marks = "".join(_mark_svg(number, marked, size) for number, marked in enumerate(objects))
     names = ", ".join(marked.label for marked in objects)

@@ -113,6 +113,13 @@ def test_the_end_waits_for_the_answer_under_way(tmp_path):
     assert "outcome=finished" in log
 
 
+def test_an_interruption_ends_without_a_traceback():
+    with served() as (process, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+        assert "Traceback" not in process.stdout.read()
+
+
 def test_on_zero_gpu_a_gpu_is_asked_for_as_long_as_the_answer_may_take(tmp_path):
     # As the real one, which runs the function in another process.
     (tmp_path / "spaces.py").write_text("""

@@ -16,7 +16,7 @@ from paligemma.annotations import find_detections
 from paligemma.mask_decoder import MaskDecoder
 from paligemma.model import PaliGemma
 from paligemma.training import batches, contrastive, evaluate, loop, mask_codec, naming, train
-from paligemma.training.artwork import KINDS, Sprites, load_folder
+from paligemma.training.artwork import KINDS, STYLES, Sprites, load_folder, load_sheet, pack_sheet
 from paligemma.training.batches import SceneBatches, collate, encode_masks
 from paligemma.training.colours import COLOURS, random_colour, ruling_colour
 from paligemma.training.losses import NO_LABEL, clip_loss, siglip_loss
@@ -487,3 +487,10 @@ def test_artwork_of_others_is_read_from_a_folder(tmp_path):
     assert sprites.levels[0][index("cat"), 0, 32, 32].tolist() == [255, 0, 0, 255]
     with pytest.raises(FileNotFoundError, match=r"name them after the kinds"):
         load_folder(tmp_path / "nothing", 64)
+
+
+def test_sprites_come_back_from_their_sheet(sprites, tmp_path):
+    pixels = np.repeat(sprites.levels[0], len(STYLES), axis=1)
+    pixels[..., 2] = np.arange(len(STYLES))[:, None, None]  # so that no two are alike
+    pack_sheet(Sprites(pixels)).save(tmp_path / "sheet.png")
+    assert np.array_equal(load_sheet(tmp_path / "sheet.png").levels[0], pixels)
