@@ -17,9 +17,10 @@ from paligemma.mask_decoder import MaskDecoder
 from paligemma.model import PaliGemma
 from paligemma.training import batches, contrastive, evaluate, loop, mask_codec, naming, train
 from paligemma.training.artwork import KINDS, STYLES, Sprites, load_folder, load_sheet, pack_sheet
+from paligemma.training.augmentation import restyle
 from paligemma.training.batches import SceneBatches, collate, encode_masks
 from paligemma.training.colours import COLOURS, random_colour, ruling_colour
-from paligemma.training.losses import NO_LABEL, clip_loss, siglip_loss
+from paligemma.training.losses import NO_LABEL, RISK_WEIGHT, CodeRisk, answer_loss, clip_loss, siglip_loss
 from paligemma.training.mask_codec import MaskCodec, fit_mask
 from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, label_patches
 from paligemma.training.scenes import MAX_OVERLAP, Painter, Scene, SceneObject
@@ -113,6 +114,21 @@ def test_objects_hardly_overlap_and_never_cover_the_word(painter):
             areas = [(drawn.owners == place + 1).sum() for place in range(len(drawn.word))]
             assert min(areas) >= 0.7 * max(areas), "each letter has its whole place"
     assert words > 5
+
+
+def test_a_restyled_drawing_fills_the_frame_as_before():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-1:1:41j, -1:1:61j]
+    drawing = np.repeat((x**2 + y**2 <= 1)[..., None].astype(np.float32), 4, axis=-1)  # an ellipse from edge to edge
+    silhouettes = [restyle(rng, drawing)[..., 3] > 0.5 for _ in range(40)]
+    for silhouette in silhouettes:
+        assert silhouette.shape == (41, 61)
+        for edge in (silhouette[:2], silhouette[-2:], silhouette[:, :2], silhouette[:, -2:]):
+            assert edge.any(), "the box stays true"
+    plain = drawing[..., 3] > 0.5
+    overlaps = [(plain & silhouette).sum() / (plain | silhouette).sum() for silhouette in silhouettes]
+    assert 0.6 < min(overlaps) < 0.97, "some have other proportions, and are still the same thing"
+    assert max(overlaps) == 1
 
 
 def test_a_painted_word_is_there_to_be_read(painter, fonts):
@@ -216,7 +232,7 @@ def test_every_answer_is_true(painter):
             elif task == "ocr":
                 assert answer == drawn.word
             elif task == "answer en how many":
-                (counted,) = [kind for kind in KINDS if f" {kind.plural} are" in prompt]
+                (counted,) = [kind for kind in KINDS if prompt.endswith(f" many {kind.plural} are there?")]
                 assert int(answer) == sum(KINDS[thing.kind] == counted for thing in drawn.objects)
     assert seen == {
         "caption", "describe", "detect", "segment", "ocr", "answer en how many", "answer en is there",
@@ -252,32 +268,80 @@ def test_labels_are_the_next_tokens_of_the_answer_only(tiny):
     assert rows.input_ids[0, rows.prefix_lengths[0] :].tolist()[: len(answer)] == answer
 
 
+def test_half_of_the_codes_that_are_read_are_others_and_none_that_is_written(tiny):
+    answer = "<loc0008><loc0016><loc0512><loc1000>" + "".join(f"<seg{code:03d}>" for code in range(16)) + " cat"
+    pairs = [("segment cat", answer)] * 40
+    true = collate(tiny.processor, [0] * 40, pairs)
+    spoilt = collate(tiny.processor, [0] * 40, pairs, np.random.default_rng(0))
+    assert torch.equal(spoilt.labels, true.labels)
+    first = tiny.processor.tokenizer.token_to_id("<seg000>")
+    is_code = (true.input_ids >= first) & (true.input_ids < first + 128)
+    differs = spoilt.input_ids != true.input_ids
+    assert not differs[~is_code].any()
+    assert 0.4 < differs[is_code].float().mean() < 0.6
+    assert ((spoilt.input_ids >= first) & (spoilt.input_ids < first + 128)).equal(is_code)
+
+
+def test_rows_ask_about_the_first_pictures_only(tiny, painter):
+    scenes = SceneBatches(tiny.processor, painter, 5, torch.tensor(2), 0, MaskCodec().eval(), asked_about=2)
+    pixel_values, labels, chunks = next(iter(scenes))
+    assert len(pixel_values) == len(labels.shown) == 5
+    assert {picture for rows in chunks for picture in rows.pictures.tolist()} == {0, 1}
+
+
+def test_a_code_costs_as_much_as_its_vector_lies_away(tiny):
+    codebook = torch.tensor([[0.0], [1.0], [5.0]])
+    risk = CodeRisk(codebook, first_id=10)
+    logits = torch.full((4, 20), 50.0)  # what other tokens get is of no account
+    logits[:, 10:13] = torch.tensor([[0, 30, 0], [0, 30, 0], [0, 30, 0], [30, 0, 30]]).float()
+    risks = risk(logits, torch.tensor([11, 12, 7, 10]))
+    mean = (2 * 1 + 2 * 25 + 2 * 16) / 9
+    assert risks == pytest.approx([0, RISK_WEIGHT * 16 / mean, 0, RISK_WEIGHT * 12.5 / mean], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("code_risk", "chosen"), [(None, [2]), (CodeRisk(torch.tensor([[0.0], [0.2], [5.0]]), 0), [0, 1])]
+)
+def test_of_two_likely_codes_that_are_alike_one_is_preferred_to_a_lone_likelier_one(code_risk, chosen):
+    wanted, weights = torch.tensor([[0] * 30 + [1] * 30 + [2] * 40]), torch.full((1, 100), 0.01)
+    output_layer = torch.nn.Linear(1, 3)  # of hidden states of nothing: its bias are the logits
+    optimiser = torch.optim.Adam(output_layer.parameters(), lr=0.1)
+    for _ in range(200):
+        optimiser.zero_grad()
+        answer_loss(torch.zeros(1, 100, 1), wanted, weights, output_layer, code_risk).backward()
+        optimiser.step()
+    assert output_layer.bias.argmax() in chosen
+
+
 def test_patches_are_labelled_with_what_lies_on_them():
     owners = np.zeros((112, 112), np.uint8)
     owners[:28, :28], owners[28:42, 70:84], owners[56:, 84:] = 3, 1, 2
+    owners[:14, :14] = 0  # a quarter of the cat is not there
     cat = SceneObject(index("cat"), (0.0, 0.0, 0.25, 0.25), "gray", owner=3)
     dog = SceneObject(index("dog"), (0.5, 0.75, 1.0, 1.0), None, owner=2)
     scene = replace(scene_of(background="pink"), objects=(cat, dog), word="Q", owners=owners)
-    labels = label_patches([scene], [{2: [7] * 16, 3: list(range(16))}], 8)
+    labels = label_patches([scene], 8)
     shown = labels.shown.view(8, 8)
-    assert (shown[:2, :2] == index("cat")).all()
+    assert shown[:2, :2].flatten()[1:].tolist() == 3 * [index("cat")]
     assert (shown[4:, 6:] == index("dog")).all()
     assert shown[2, 5] == FIRST_LETTER + ord("Q") - ord("A")
-    assert (shown == FIRST_COLOUR + COLOURS.index("pink")).sum() == 64 - 4 - 8 - 1
-    first, last = 0, 63
+    assert (shown == FIRST_COLOUR + COLOURS.index("pink")).sum() == 64 - 3 - 8 - 1
+    first, last = 1, 63
     assert labels.boxes[0, last].tolist() == [0.5, 0.75, 1.0, 1.0]
     assert labels.colours[0, first] == COLOURS.index("gray")
-    assert labels.codes[0, first].tolist() == list(range(16))
+    of_the_cat = labels.shapes[0, first].view(8, 8)
+    assert of_the_cat[:3, :3].max() < 0.1
+    assert min(of_the_cat[5:].min(), of_the_cat[:, 5:].min()) > 0.9
     assert [labels.across[0, place].item() for place in (first, last, 8 * 2 + 5)] == [0, 1, 0]
     assert labels.counts[0, last] == 0, "no other dog"
-    assert labels.down[0, 30] == labels.codes[0, 30, 0] == NO_LABEL, "the background has no place and no mask"
+    assert labels.down[0, 30] == NO_LABEL, "the background has no place"
 
 
 def test_an_object_that_hardly_touches_a_patch_is_not_shown_by_it():
     owners = np.zeros((112, 112), np.uint8)
     owners[:14, :15] = 1
     scene = replace(scene_of(), objects=(SceneObject(0, (0, 0, 0.125, 15 / 112), None, 1),), owners=owners)
-    shown = label_patches([scene], [{1: [0] * 16}], 8).shown[0]
+    shown = label_patches([scene], 8).shown[0]
     assert shown[0] == 0
     assert shown[1] >= FIRST_COLOUR
 
@@ -302,7 +366,7 @@ def test_clip_loss_is_low_only_where_pairs_belong_together():
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny, painter):
-    scenes = SceneBatches(tiny.processor, painter, MaskCodec().eval(), 2, torch.tensor(2), seed=0)
+    scenes = SceneBatches(tiny.processor, painter, 2, torch.tensor(2), 0, MaskCodec().eval(), asked_about=2)
     pixel_values, _, chunks = next(iter(scenes))
     gradients = []
     for is_checkpointed in (False, True):

@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 MAX_TURN = 20  # degrees, either way
 MAX_SHEAR = 0.15
 MAX_STRETCH = 1.25
+MAX_BULGE = 0.45  # by how much parts of a drawing grow at the cost of others; below 1
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -34,8 +35,10 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
         pixels: float32 [height, width, 4], RGBA in 0 to 1.
 
     Returns:
-        the same shape; the silhouette stays.
+        the same shape; what is drawn goes on filling it.
     """
+    if rng.random() < 0.5:
+        pixels = _proportion(rng, _proportion(rng, pixels).swapaxes(0, 1)).swapaxes(0, 1)
     colours, alpha = pixels[..., :3], pixels[..., 3:]
     lines = _lines(colours, alpha) if rng.random() < 0.25 else None
     if rng.random() < 0.5:
@@ -48,6 +51,18 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
             colours = np.broadcast_to(rng.uniform(0.75, 1, 3).astype(np.float32), colours.shape)
         colours = colours * (1 - lines) + ink * lines
     return np.concatenate([np.clip(colours, 0, 1), alpha], axis=-1)
+
+
+def _proportion(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """Draw some rows closer together and others further apart; the first and the last stay where they are."""
+    height = len(pixels)
+    wanted = np.linspace(0, 1, height)
+    waves = rng.integers(1, 3)
+    places = wanted + rng.uniform(-MAX_BULGE, MAX_BULGE) * np.sin(waves * np.pi * wanted) / (waves * np.pi)
+    places *= height - 1
+    above = np.minimum(places.astype(int), max(0, height - 2))
+    share = (places - above).astype(np.float32)[:, None, None]
+    return pixels[above] * (1 - share) + pixels[np.minimum(above + 1, height - 1)] * share
 
 
 def _lines(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -16,8 +16,10 @@ from .mask_codec import MaskCodec, fit_mask
 from .patches import PatchLabels, label_patches
 from .scenes import Painter, Scene
 from .tasks import prompts_and_answers
+from .tokenizer import SEG_TOKENS
 
 SHORT = 6  # tokens, as one box has
+SPOILT_CODES = 0.5  # of a mask's codes that are read, not of those to be written
 ROWS_A_CHUNK = 12
 
 
@@ -40,12 +42,17 @@ class Rows:
     first: int
 
 
-def collate(processor: Processor, pictures: list[int], pairs: list[tuple[str, str]]) -> Rows:
+def collate(
+    processor: Processor, pictures: list[int], pairs: list[tuple[str, str]], rng: np.random.Generator | None = None
+) -> Rows:
     """Rows of prompt, answer and `<eos>` for teacher forcing; the prompt and the padding carry no label.
 
     A label counts by one over the square root of how many its row has: otherwise long answers would be all that
     matters, and with one over their number a coordinate would count for nothing beside a `yes`. Of short answers all count
     alike, since else the `<eos>` of an empty one would outweigh the first coordinate of a box, and be said too often.
+
+    With `rng`, half of the mask codes that are read are others at random (word dropout, arXiv 1511.06349), so that each
+    is learnt from the picture, and not from the ones before it, which will be less right than here.
     """
     config = processor.config
     prefixes = [processor.input_ids(prompt) for prompt, _ in pairs]
@@ -53,10 +60,16 @@ def collate(processor: Processor, pictures: list[int], pairs: list[tuple[str, st
     lengths = [len(prefix) + len(answer) for prefix, answer in zip(prefixes, answers)]
     input_ids = torch.full((len(pairs), max(lengths)), config.pad_token_id)
     labels, weights = torch.full_like(input_ids, NO_LABEL), torch.zeros(input_ids.shape)
+    first_code = processor.tokenizer.token_to_id(SEG_TOKENS[0])
     for row, (prefix, answer, length) in enumerate(zip(prefixes, answers, lengths)):
         input_ids[row, :length] = torch.tensor(prefix + answer)
         labels[row, len(prefix) - 1 : length] = torch.tensor([*answer, config.eos_token_ids[0]])
         weights[row, len(prefix) - 1 : length] = max(len(answer) + 1, SHORT) ** -0.5
+    if rng is not None:
+        is_code = (input_ids >= first_code) & (input_ids < first_code + len(SEG_TOKENS))
+        is_spoilt = is_code & torch.from_numpy(rng.random(input_ids.shape) < SPOILT_CODES)
+        others = torch.from_numpy(rng.integers(first_code, first_code + len(SEG_TOKENS), input_ids.shape))
+        input_ids = torch.where(is_spoilt, others, input_ids)
     return Rows(
         pictures=torch.tensor(pictures),
         input_ids=input_ids,
@@ -96,49 +109,59 @@ class PatchBatches(IterableDataset):
     Scenes have up to `max_objects`, a shared int64 scalar that may be raised while they are drawn.
     """
 
-    def __init__(
-        self, processor: Processor, painter: Painter, codec: MaskCodec, pictures: int, max_objects: Tensor, seed: int
-    ):
-        self.processor, self.painter, self.codec, self.pictures = processor, painter, codec, pictures
+    def __init__(self, processor: Processor, painter: Painter, pictures: int, max_objects: Tensor, seed: int):
+        self.processor, self.painter, self.pictures = processor, painter, pictures
         self.max_objects, self.seed = max_objects, seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, PatchLabels]]:
         rng = np.random.default_rng(self.seed)
         while True:
-            scenes, codes = self._draw(rng)
-            yield self._pixels_and_labels(scenes, codes)
+            yield self._pixels_and_labels(self._draw(rng))
 
-    def _draw(self, rng: np.random.Generator) -> tuple[list[Scene], list[dict[int, list[int]]]]:
+    def _draw(self, rng: np.random.Generator) -> list[Scene]:
         size = self.processor.config.vision.image_size
         counts = rng.integers(1, self.max_objects.item() + 1, self.pictures)
-        scenes = [self.painter.random_scene(rng, size, count) for count in counts]
-        return scenes, encode_masks(self.codec, scenes)
+        return [self.painter.random_scene(rng, size, count) for count in counts]
 
-    def _pixels_and_labels(self, scenes: list[Scene], codes: list[dict[int, list[int]]]) -> tuple[Tensor, PatchLabels]:
+    def _pixels_and_labels(self, scenes: list[Scene]) -> tuple[Tensor, PatchLabels]:
         vision = self.processor.config.vision
         pixel_values = torch.cat([self.processor.normalise(scene.image) for scene in scenes])
-        return pixel_values, label_patches(scenes, codes, vision.image_size // vision.patch_size)
+        return pixel_values, label_patches(scenes, vision.image_size // vision.patch_size)
 
 
 class SceneBatches(PatchBatches):
-    """As `PatchBatches`, with a third element: rows of all tasks, in chunks."""
+    """As `PatchBatches`, with a third element: rows of all tasks, in chunks, about the first `asked_about` pictures."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        painter: Painter,
+        pictures: int,
+        max_objects: Tensor,
+        seed: int,
+        codec: MaskCodec,
+        asked_about: int,
+    ):
+        super().__init__(processor, painter, pictures, max_objects, seed)
+        self.codec, self.asked_about = codec, asked_about
 
     def __iter__(self) -> Iterator[tuple[Tensor, PatchLabels, list[Rows]]]:
         rng = np.random.default_rng(self.seed)
         while True:
-            scenes, codes = self._draw(rng)
+            scenes = self._draw(rng)
+            codes = encode_masks(self.codec, scenes[: self.asked_about])
             asked = [
                 (picture, pair)
-                for picture, scene in enumerate(scenes)
+                for picture, scene in enumerate(scenes[: self.asked_about])
                 for pair in prompts_and_answers(rng, scene, codes[picture], self.painter.kinds)
             ]
             # Rows of like length together, because each is padded to the longest of its chunk.
             asked.sort(key=lambda item: len(self.processor.tokenizer.encode(" ".join(item[1])).ids))
             chunks = [
-                collate(self.processor, *map(list, zip(*asked[start : start + ROWS_A_CHUNK])))
+                collate(self.processor, *map(list, zip(*asked[start : start + ROWS_A_CHUNK])), rng)
                 for start in range(0, len(asked), ROWS_A_CHUNK)
             ]
-            yield *self._pixels_and_labels(scenes, codes), chunks
+            yield *self._pixels_and_labels(scenes), chunks
 
 
 @torch.inference_mode()

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import VisionConfig
-from ..mask_decoder import NUM_CODES
+from ..mask_decoder import MASK_SIDE
 from ..siglip import SiglipVisionModel
 from .artwork import KINDS
 from .colours import COLOURS
 from .losses import NO_LABEL
-from .mask_codec import CODES
+from .mask_codec import fit_mask
 from .scenes import MAX_OBJECTS, Scene
 
 LETTERS = string.ascii_uppercase
@@ -30,7 +30,9 @@ NUM_SHOWN = FIRST_COLOUR + len(COLOURS)
 NO_COLOUR = len(COLOURS)  # of an object that no colour rules
 LEAST_SHARE = 0.15  # of a patch that an object or letter must cover for the patch to show it
 KIND_WEIGHT = 2.0  # the hardest of the questions, and the one that the others rest on
+LETTER_WEIGHT = 1.5
 BOX_WEIGHT = 4.0  # an error of a quarter of the picture weighs as much as a nat
+SHAPE_SIDE = 8  # an object's mask is asked for in so many squares, either way
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class PatchLabels:
     across: int64 [P, patches], how many objects begin further left, or how many letters of the word are before.
     down: int64 [P, patches], how many objects come before in reading order.
     counts: int64 [P, patches], how many more objects there are of this one's kind.
-    codes: int64 [P, patches, 16], the codes of the object's mask.
+    shapes: float32 [P, patches, 64], how much of each square of its box, cut into 8 × 8, the object fills.
     """
 
     shown: Tensor
@@ -52,23 +54,23 @@ class PatchLabels:
     across: Tensor
     down: Tensor
     counts: Tensor
-    codes: Tensor
+    shapes: Tensor
 
 
-def label_patches(scenes: list[Scene], codes: list[dict[int, list[int]]], side: int) -> PatchLabels:
-    """Labels for scenes cut into `side` × `side` patches; `codes` holds each scene's mask codes by owner."""
-    labels = [_label_scene(scene, scene_codes, side) for scene, scene_codes in zip(scenes, codes)]
+def label_patches(scenes: list[Scene], side: int) -> PatchLabels:
+    """Labels for scenes cut into `side` × `side` patches."""
+    labels = [_label_scene(scene, side) for scene in scenes]
     return PatchLabels(
         *(torch.stack([getattr(label, field.name) for label in labels]) for field in fields(PatchLabels))
     )
 
 
-def _label_scene(scene: Scene, codes: dict[int, list[int]], side: int) -> PatchLabels:
+def _label_scene(scene: Scene, side: int) -> PatchLabels:
     owners = _patch_owners(scene, side)
     shown = np.full(side**2, FIRST_COLOUR + COLOURS.index(scene.background))
     boxes = np.zeros((side**2, 4), np.float32)
     colours, across, down, counts = (np.full(side**2, NO_LABEL) for _ in range(4))
-    code_labels = np.full((side**2, NUM_CODES), NO_LABEL)
+    shapes = np.zeros((side**2, SHAPE_SIDE**2), np.float32)
     for place, letter in enumerate(scene.word):
         here = owners == place + 1
         shown[here], across[here] = FIRST_LETTER + LETTERS.index(letter), place
@@ -79,8 +81,8 @@ def _label_scene(scene: Scene, codes: dict[int, list[int]], side: int) -> PatchL
         across[here] = left_edges.index(thing.box[1])
         counts[here] = scene.count(thing.kind) - 1
         colours[here] = NO_COLOUR if thing.colour is None else COLOURS.index(thing.colour)
-        code_labels[here] = codes[thing.owner]
-    return PatchLabels(*map(torch.from_numpy, (shown, boxes, colours, across, down, counts, code_labels)))
+        shapes[here] = F.avg_pool2d(fit_mask(scene.mask(thing))[None], MASK_SIDE // SHAPE_SIDE).flatten()
+    return PatchLabels(*map(torch.from_numpy, (shown, boxes, colours, across, down, counts, shapes)))
 
 
 def _patch_owners(scene: Scene, side: int) -> np.ndarray:
@@ -103,7 +105,7 @@ class PatchHeads(nn.ModuleDict):
             "across": MAX_OBJECTS,
             "down": MAX_OBJECTS,
             "counts": MAX_OBJECTS,
-            "codes": NUM_CODES * CODES,
+            "shapes": SHAPE_SIDE**2,
         }
         super().__init__({name: nn.Linear(width, size) for name, size in sizes.items()})
 
@@ -127,17 +129,16 @@ class PatchHeads(nn.ModuleDict):
         is_placed = labels.across != NO_LABEL
         things, placed = features[is_object], features[is_placed]  # [objects' patches, width]
         shown = self["shown"](features)
-        codes = self["codes"](things).unflatten(-1, (NUM_CODES, CODES))
         return {
             "kinds": KIND_WEIGHT * F.cross_entropy(shown[is_object], labels.shown[is_object]),
-            "letters": _mean_loss(shown[is_letter], labels.shown[is_letter]),
+            "letters": LETTER_WEIGHT * _mean_loss(shown[is_letter], labels.shown[is_letter]),
             "ground": F.cross_entropy(shown[is_ground], labels.shown[is_ground]),
             "boxes": BOX_WEIGHT * F.l1_loss(self["boxes"](things), labels.boxes[is_object]),
             "colours": 0.3 * F.cross_entropy(self["colours"](things), labels.colours[is_object]),
             "across": 0.3 * F.cross_entropy(self["across"](placed), labels.across[is_placed]),
             "down": 0.3 * F.cross_entropy(self["down"](things), labels.down[is_object]),
             "counts": 0.3 * F.cross_entropy(self["counts"](things), labels.counts[is_object]),
-            "codes": 0.2 * F.cross_entropy(codes.transpose(1, 2), labels.codes[is_object]),
+            "shapes": F.binary_cross_entropy_with_logits(self["shapes"](things), labels.shapes[is_object]),
         }
 
 

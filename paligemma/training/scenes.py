@@ -19,6 +19,7 @@ from .words import WORDS
 MAX_OVERLAP = 0.15  # of the smaller of two boxes
 REPEAT_KIND = 0.4  # how often a further object is of a kind that the scene already has
 PAINT_WORD = 0.3  # how often a scene has a word
+PAINT_WORD_IN_TRAINING = 0.45  # letters are slow to learn
 RANDOM_LETTERS = 0.4  # how often such a word is none, in training, so that letters are read and words not guessed
 # How long an object's longer side is, in parts of the picture, by how many there are; a word counts as one.
 SIDE_RANGES = {1: (0.35, 0.85), 2: (0.3, 0.55), 3: (0.27, 0.45), 4: (0.25, 0.4), 5: (0.23, 0.36), 6: (0.22, 0.33)}
@@ -71,12 +72,12 @@ class Painter:
     Args:
         kinds: the indices of the kinds to choose from; None for all.
         restyled: the share of objects that are drawn anew in other colours, lines and shades, as is good to learn from,
-            or a shared float scalar of it. With none of them, as in pictures to be judged by, words are never random
-            letters either.
+            or a shared float scalar of it. With none of them, as in pictures to be judged by, words are rarer, and never
+            random letters.
     """
 
     def __init__(
-        self, sprites: Sprites, fonts: list[Path], kinds: list[int] | None = None, restyled: float | Tensor = 0.4
+        self, sprites: Sprites, fonts: list[Path], kinds: list[int] | None = None, restyled: float | Tensor = 0.5
     ):
         self.sprites, self.fonts, self.restyled = sprites, fonts, restyled
         self.kinds = list(range(sprites.kinds)) if kinds is None else kinds
@@ -135,10 +136,11 @@ class Painter:
 
     def random_scene(self, rng: np.random.Generator, size: int, objects: int) -> Scene:
         """A scene of so many objects of any kinds; some have a word, and are less full."""
-        if rng.random() >= PAINT_WORD:
+        is_training = bool(float(self.restyled))
+        if rng.random() >= (PAINT_WORD_IN_TRAINING if is_training else PAINT_WORD):
             return self.scene(rng, size, self.choose_kinds(rng, objects))
         word = WORDS[rng.integers(len(WORDS))]
-        if float(self.restyled) and rng.random() < RANDOM_LETTERS:
+        if is_training and rng.random() < RANDOM_LETTERS:
             word = "".join(string.ascii_uppercase[index] for index in rng.integers(0, 26, rng.integers(3, 6)))
         while True:  # mostly once: a long word in the middle may leave no room at all
             scene = self.scene(rng, size, self.choose_kinds(rng, min(objects, MAX_OBJECTS - 2)), word)

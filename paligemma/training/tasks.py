@@ -15,7 +15,7 @@ BACKGROUND_PROMPT = "answer en what color is the background?"
 LARGEST_PROMPT = "answer en what is the largest object?"
 # Boxes are told in 1024ths, but a pixel of the small picture is nine of them: steps of eight lose nothing.
 LOC_STEP = 8
-ASK_ABOUT_ABSENT = 0.08  # how often a question is about a kind that is not there
+ASK_ABOUT_ABSENT = 0.11  # how often a question is about a kind that is not there
 LARGE, SMALL = 0.16, 0.06  # of the picture's area: from and up to which a box is called so
 CLEARLY_LARGER = 1.25  # times the area of the second largest box
 CLEARLY_BESIDE = 0.05  # of the picture: less is not asked about

@@ -34,16 +34,17 @@ from .artwork import HELD_OUT_STYLE, KINDS, STYLES, load_fonts, load_sprites
 from .batches import CropBatches, PatchBatches, Rows, SceneBatches, in_background, move
 from .contrastive import CROP_SIZE
 from .loop import Run, checkpoint_gradients
-from .losses import answer_loss
+from .losses import CodeRisk, answer_loss
 from .mask_codec import MaskBatches, MaskCodec, reconstruction_iou
 from .patches import PatchHeads, PatchModel
 from .scenes import MAX_OBJECTS, Painter
 from .start import initialise, resize_positions, tiny_config
-from .tokenizer import IMAGE_TOKEN, build_tokenizer
+from .tokenizer import IMAGE_TOKEN, SEG_TOKENS, build_tokenizer
 
 SPRITE_SIZE = 128
 SCENES_A_BATCH = 64  # for the eye
 PICTURES_A_BATCH = 12  # for the voice, with about five rows each
+FURTHER_PICTURES = 36  # beside them, for the eye alone, when all learn together
 FIRST_MAX_OBJECTS = 2
 STEPS = {
     "contrastive": 700,
@@ -51,8 +52,8 @@ STEPS = {
     "masks": 2500,
     "patches": 5250,
     "voice": 1500,
-    "together": 2900,
-    "finish": 500,
+    "together": 6250,
+    "finish": 700,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -64,9 +65,7 @@ PEAKS = {
     "finish": 3e-4,
 }
 JUDGED = 500  # fresh crops that the first two stages are judged by
-# When all learn together, the eye does at this part of the rate: a dozen pictures a step are few, and at half the rate
-# they undid in 250 steps half of what it knew.
-EYE_SLOWNESS = 0.1
+EYE_SLOWNESS = 0.4  # the part of the rate at which the eye learns when all do, since it has learnt so much already
 PATCH_WEIGHT = 0.5  # of the patches' losses beside the answers'
 
 
@@ -105,6 +104,10 @@ class Studio:
         codec = MaskCodec()
         codec.load_state_dict(self.saved("masks"))
         return codec.eval()
+
+    def code_risk(self) -> CodeRisk:
+        codebook = self.codec().codebook.detach().to(self.device)
+        return CodeRisk(codebook, self.processor.tokenizer.token_to_id(SEG_TOKENS[0]))
 
     def patch_model(self) -> PatchModel:
         model = PatchModel(self.processor.config.vision)
@@ -175,9 +178,7 @@ def train_patches(studio: Studio) -> None:
         checkpoint_gradients(model.vision_tower.encoder["layers"])
     run, max_objects = studio.run(stage, model), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
     batches = in_background(
-        PatchBatches(
-            studio.processor, studio.painter, studio.codec(), SCENES_A_BATCH, max_objects, studio.seed(stage, run)
-        )
+        PatchBatches(studio.processor, studio.painter, SCENES_A_BATCH, max_objects, studio.seed(stage, run))
     )
 
     def losses() -> dict[str, Tensor]:
@@ -188,7 +189,9 @@ def train_patches(studio: Studio) -> None:
     run.train(losses)
 
 
-def rows_loss(model: PaliGemma, image_features: Tensor, chunks: list[Rows]) -> Tensor:
+def rows_loss(
+    model: PaliGemma, image_features: Tensor, chunks: list[Rows], code_risk: CodeRisk | None = None
+) -> Tensor:
     """The answers' loss, the mean over the weights; each picture went through the eye once, however many ask about it.
 
     `image_features`, float [P, patches, width], are projected.
@@ -200,7 +203,7 @@ def rows_loss(model: PaliGemma, image_features: Tensor, chunks: list[Rows]) -> T
             features, rows.input_ids, rows.prefix_lengths, rows.attention_mask, first=rows.first
         )
         labels, weights = rows.labels[:, rows.first :], rows.weights[:, rows.first :]
-        total = total + answer_loss(hidden_states, labels, weights, model.language_model.logits)
+        total = total + answer_loss(hidden_states, labels, weights, model.language_model.logits, code_risk)
         weight = weight + weights.sum()
     return total / weight
 
@@ -216,13 +219,13 @@ def train_voice(studio: Studio) -> None:
     if studio.gradient_checkpointing:
         checkpoint_gradients(model.language_model.layers)
     run, max_objects = studio.run(stage, model), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
-    batches = _scene_batches(studio, stage, run, max_objects)
+    batches, code_risk = _scene_batches(studio, stage, run, max_objects), studio.code_risk()
 
     def losses() -> dict[str, Tensor]:
         grow(run, max_objects, FIRST_MAX_OBJECTS, MAX_OBJECTS)
         pixel_values, _, chunks = next(batches)
         features = model.image_features(pixel_values.to(studio.device))
-        return {"answers": rows_loss(model, features, [move(rows, studio.device) for rows in chunks])}
+        return {"answers": rows_loss(model, features, [move(rows, studio.device) for rows in chunks], code_risk)}
 
     run.train(losses)
 
@@ -255,14 +258,15 @@ def _train_all(studio: Studio, stage: str, together: Together) -> None:
         checkpoint_gradients(model.vision_tower.encoder["layers"])
         checkpoint_gradients(model.language_model.layers)
     run = studio.run(stage, together, model.vision_tower, EYE_SLOWNESS)
-    batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS))
+    batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES)
+    code_risk = studio.code_risk()
 
     def losses() -> dict[str, Tensor]:
         pixel_values, labels, chunks = next(batches)
         features = model.vision_tower(pixel_values.to(studio.device))
         patches = together.heads.losses(features, move(labels, studio.device))
-        projected = model.multi_modal_projector["linear"](features)
-        answers = rows_loss(model, projected, [move(rows, studio.device) for rows in chunks])
+        projected = model.multi_modal_projector["linear"](features[:PICTURES_A_BATCH])
+        answers = rows_loss(model, projected, [move(rows, studio.device) for rows in chunks], code_risk)
         return {"answers": answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
 
     run.train(losses)
@@ -271,10 +275,16 @@ def _train_all(studio: Studio, stage: str, together: Together) -> None:
     save_file({name: value.bfloat16() for name, value in decoder.items()}, studio.folder / "mask_decoder.safetensors")
 
 
-def _scene_batches(studio: Studio, stage: str, run: Run, max_objects: Tensor) -> Iterator:
+def _scene_batches(studio: Studio, stage: str, run: Run, max_objects: Tensor, further: int = 0) -> Iterator:
     return in_background(
         SceneBatches(
-            studio.processor, studio.painter, studio.codec(), PICTURES_A_BATCH, max_objects, studio.seed(stage, run)
+            studio.processor,
+            studio.painter,
+            PICTURES_A_BATCH + further,
+            max_objects,
+            studio.seed(stage, run),
+            studio.codec(),
+            PICTURES_A_BATCH,
         )
     )
 
