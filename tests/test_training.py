@@ -20,7 +20,15 @@ from paligemma.training.artwork import KINDS, STYLES, Sprites, load_folder, load
 from paligemma.training.augmentation import restyle
 from paligemma.training.batches import SceneBatches, collate, encode_masks
 from paligemma.training.colours import COLOURS, random_colour, ruling_colour
-from paligemma.training.losses import NO_LABEL, RISK_WEIGHT, CodeRisk, answer_loss, clip_loss, siglip_loss
+from paligemma.training.losses import (
+    CODE_COST,
+    COORDINATE_COST,
+    NO_LABEL,
+    TokenRisk,
+    answer_loss,
+    clip_loss,
+    siglip_loss,
+)
 from paligemma.training.mask_codec import MaskCodec, fit_mask
 from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, label_patches
 from paligemma.training.scenes import MAX_OVERLAP, Painter, Scene, SceneObject
@@ -291,24 +299,31 @@ def test_rows_ask_about_the_first_pictures_only(tiny, painter):
 
 def test_a_code_costs_as_much_as_its_vector_lies_away(tiny):
     codebook = torch.tensor([[0.0], [1.0], [5.0]])
-    risk = CodeRisk(codebook, first_id=10)
+    risk = TokenRisk.of_codes(10, codebook)
     logits = torch.full((4, 20), 50.0)  # what other tokens get is of no account
     logits[:, 10:13] = torch.tensor([[0, 30, 0], [0, 30, 0], [0, 30, 0], [30, 0, 30]]).float()
     risks = risk(logits, torch.tensor([11, 12, 7, 10]))
     mean = (2 * 1 + 2 * 25 + 2 * 16) / 9
-    assert risks == pytest.approx([0, RISK_WEIGHT * 16 / mean, 0, RISK_WEIGHT * 12.5 / mean], abs=1e-4)
+    assert risks == pytest.approx([0, CODE_COST * 16 / mean, 0, CODE_COST * 12.5 / mean], abs=1e-4)
+
+
+def test_a_coordinate_costs_as_much_as_it_is_off():
+    risk = TokenRisk.of_coordinates(2, 5)
+    logits = torch.full((3, 9), -50.0)
+    logits[0, 4] = logits[1, 2] = logits[2, 6] = 50.0
+    assert risk(logits, torch.tensor([5, 6, 1])) == pytest.approx([COORDINATE_COST / 4, COORDINATE_COST, 0])
 
 
 @pytest.mark.parametrize(
-    ("code_risk", "chosen"), [(None, [2]), (CodeRisk(torch.tensor([[0.0], [0.2], [5.0]]), 0), [0, 1])]
+    ("risks", "chosen"), [([], [2]), ([TokenRisk.of_codes(0, torch.tensor([[0.0], [0.2], [5.0]]))], [0, 1])]
 )
-def test_of_two_likely_codes_that_are_alike_one_is_preferred_to_a_lone_likelier_one(code_risk, chosen):
+def test_of_two_likely_codes_that_are_alike_one_is_preferred_to_a_lone_likelier_one(risks, chosen):
     wanted, weights = torch.tensor([[0] * 30 + [1] * 30 + [2] * 40]), torch.full((1, 100), 0.01)
     output_layer = torch.nn.Linear(1, 3)  # of hidden states of nothing: its bias are the logits
     optimiser = torch.optim.Adam(output_layer.parameters(), lr=0.1)
     for _ in range(200):
         optimiser.zero_grad()
-        answer_loss(torch.zeros(1, 100, 1), wanted, weights, output_layer, code_risk).backward()
+        answer_loss(torch.zeros(1, 100, 1), wanted, weights, output_layer, risks).backward()
         optimiser.step()
     assert output_layer.bias.argmax() in chosen
 

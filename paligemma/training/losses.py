@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NO_LABEL = -100
-RISK_WEIGHT = 4.0  # a code at the mean distance costs as many nats
+CODE_COST = 4.0  # nats, of a mask's code at the mean distance
+COORDINATE_COST = 20.0  # nats, of an error as wide as the picture
 
 
 def answer_loss(
@@ -17,7 +18,7 @@ def answer_loss(
     labels: Tensor,
     weights: Tensor,
     output_layer: Callable[[Tensor], Tensor],
-    code_risk: CodeRisk | None = None,
+    risks: Sequence[TokenRisk] = (),
 ) -> Tensor:
     """Teacher forcing: the weighted sum of the negative log-likelihoods of each answer token given all true ones before.
 
@@ -26,7 +27,7 @@ def answer_loss(
         labels: int64 [B, T], at each position the next token, `NO_LABEL` where the next token is not of the answer.
         weights: float [B, T].
         output_layer: maps float [N, width] to logits [N, vocab]; it is run on labelled positions only.
-        code_risk: added where the next token is a mask's code.
+        risks: added where the next token is one of theirs.
 
     Returns:
         float scalar, in nats.
@@ -34,35 +35,49 @@ def answer_loss(
     labelled = labels != NO_LABEL
     logits, wanted = output_layer(hidden_states[labelled]).float(), labels[labelled]
     losses = F.cross_entropy(logits, wanted, reduction="none")
-    if code_risk is not None:
-        losses = losses + code_risk(logits, wanted)
+    for risk in risks:
+        losses = losses + risk(logits, wanted)
     return (losses * weights[labelled]).sum()
 
 
-class CodeRisk:
-    """How far, on average, a mask's code drawn from the model lies from the true one (minimum risk, arXiv 1512.02433).
+class TokenRisk:
+    """How far, on average, a token drawn from the model lies from the true one (minimum risk, arXiv 1512.02433).
 
-    Many codes look nearly alike, and which of them is right is often open: the likeliest may be far from most of the
-    others. With this the one is preferred that is near to all that are likely.
+    For tokens that stand for points, as coordinates and the codes of masks do. Many lie close together, and which of them
+    is right is often open: the likeliest may be far from most of the others. With this the one is preferred that is
+    near to all that are likely.
 
     Args:
-        codebook: float [codes, code_width], the vectors of the codes.
-        first_id: the token of the first code; the others follow.
+        first_id: the first of the tokens; the others follow.
+        distances: float [tokens, tokens], in nats that it costs to say one where the other is true.
     """
 
-    def __init__(self, codebook: Tensor, first_id: int):
+    def __init__(self, first_id: int, distances: Tensor):
+        self.first_id, self.distances = first_id, distances
+
+    @classmethod
+    def of_codes(cls, first_id: int, codebook: Tensor) -> TokenRisk:
+        """By the squared distances of their vectors, float [codes, code_width]."""
         distances = torch.cdist(codebook, codebook) ** 2
-        self.distances = RISK_WEIGHT * distances / distances.mean()
-        self.first_id = first_id
+        return cls(first_id, CODE_COST * distances / distances.mean())
+
+    @classmethod
+    def of_coordinates(cls, first_id: int, coordinates: int) -> TokenRisk:
+        """Of so many, evenly spread over a side of the picture."""
+        places = torch.linspace(0, 1, coordinates)
+        return cls(first_id, COORDINATE_COST * (places[:, None] - places).abs())
+
+    def to(self, device: torch.device) -> TokenRisk:
+        return TokenRisk(self.first_id, self.distances.to(device))
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of logits, float [N, vocab], and labels, int64 [N]; float [N], zero where the label is no code."""
-        codes = labels - self.first_id
-        is_code = (codes >= 0) & (codes < len(self.distances))
+        """Of logits, float [N, vocab], and labels, int64 [N]; float [N], zero where the label is none of the tokens."""
+        tokens = labels - self.first_id
+        last = len(self.distances) - 1
         # Labels of other tokens are looked up as well, and not counted: a choice of rows would wait for the device.
         chances = logits[:, self.first_id : self.first_id + len(self.distances)].softmax(-1)
-        risks = (chances * self.distances[codes.clamp(0, len(self.distances) - 1)]).sum(-1)
-        return risks * is_code
+        risks = (chances * self.distances[tokens.clamp(0, last)]).sum(-1)
+        return risks * ((tokens >= 0) & (tokens <= last))
 
 
 def siglip_loss(pictures: Tensor, texts: Tensor, temperature: Tensor, bias: Tensor, chunk_size: int = 256) -> Tensor:

@@ -31,7 +31,7 @@ NO_COLOUR = len(COLOURS)  # of an object that no colour rules
 LEAST_SHARE = 0.15  # of a patch that an object or letter must cover for the patch to show it
 KIND_WEIGHT = 2.0  # the hardest of the questions, and the one that the others rest on
 LETTER_WEIGHT = 1.5
-BOX_WEIGHT = 4.0  # an error of a quarter of the picture weighs as much as a nat
+BOX_WEIGHT = 8.0  # an error of an eighth of the picture weighs as much as a nat
 SHAPE_SIDE = 8  # an object's mask is asked for in so many squares, either way
 
 

@@ -16,7 +16,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -34,12 +34,12 @@ from .artwork import HELD_OUT_STYLE, KINDS, STYLES, load_fonts, load_sprites
 from .batches import CropBatches, PatchBatches, Rows, SceneBatches, in_background, move
 from .contrastive import CROP_SIZE
 from .loop import Run, checkpoint_gradients
-from .losses import CodeRisk, answer_loss
+from .losses import TokenRisk, answer_loss
 from .mask_codec import MaskBatches, MaskCodec, reconstruction_iou
 from .patches import PatchHeads, PatchModel
 from .scenes import MAX_OBJECTS, Painter
 from .start import initialise, resize_positions, tiny_config
-from .tokenizer import IMAGE_TOKEN, SEG_TOKENS, build_tokenizer
+from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, build_tokenizer
 
 SPRITE_SIZE = 128
 SCENES_A_BATCH = 64  # for the eye
@@ -105,9 +105,13 @@ class Studio:
         codec.load_state_dict(self.saved("masks"))
         return codec.eval()
 
-    def code_risk(self) -> CodeRisk:
-        codebook = self.codec().codebook.detach().to(self.device)
-        return CodeRisk(codebook, self.processor.tokenizer.token_to_id(SEG_TOKENS[0]))
+    def risks(self) -> list[TokenRisk]:
+        first_loc, first_seg = (self.processor.tokenizer.token_to_id(tokens[0]) for tokens in (LOC_TOKENS, SEG_TOKENS))
+        risks = (
+            TokenRisk.of_coordinates(first_loc, len(LOC_TOKENS)),
+            TokenRisk.of_codes(first_seg, self.codec().codebook.detach()),
+        )
+        return [risk.to(self.device) for risk in risks]
 
     def patch_model(self) -> PatchModel:
         model = PatchModel(self.processor.config.vision)
@@ -189,9 +193,7 @@ def train_patches(studio: Studio) -> None:
     run.train(losses)
 
 
-def rows_loss(
-    model: PaliGemma, image_features: Tensor, chunks: list[Rows], code_risk: CodeRisk | None = None
-) -> Tensor:
+def rows_loss(model: PaliGemma, image_features: Tensor, chunks: list[Rows], risks: Sequence[TokenRisk] = ()) -> Tensor:
     """The answers' loss, the mean over the weights; each picture went through the eye once, however many ask about it.
 
     `image_features`, float [P, patches, width], are projected.
@@ -203,7 +205,7 @@ def rows_loss(
             features, rows.input_ids, rows.prefix_lengths, rows.attention_mask, first=rows.first
         )
         labels, weights = rows.labels[:, rows.first :], rows.weights[:, rows.first :]
-        total = total + answer_loss(hidden_states, labels, weights, model.language_model.logits, code_risk)
+        total = total + answer_loss(hidden_states, labels, weights, model.language_model.logits, risks)
         weight = weight + weights.sum()
     return total / weight
 
@@ -219,13 +221,13 @@ def train_voice(studio: Studio) -> None:
     if studio.gradient_checkpointing:
         checkpoint_gradients(model.language_model.layers)
     run, max_objects = studio.run(stage, model), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
-    batches, code_risk = _scene_batches(studio, stage, run, max_objects), studio.code_risk()
+    batches, risks = _scene_batches(studio, stage, run, max_objects), studio.risks()
 
     def losses() -> dict[str, Tensor]:
         grow(run, max_objects, FIRST_MAX_OBJECTS, MAX_OBJECTS)
         pixel_values, _, chunks = next(batches)
         features = model.image_features(pixel_values.to(studio.device))
-        return {"answers": rows_loss(model, features, [move(rows, studio.device) for rows in chunks], code_risk)}
+        return {"answers": rows_loss(model, features, [move(rows, studio.device) for rows in chunks], risks)}
 
     run.train(losses)
 
@@ -259,14 +261,14 @@ def _train_all(studio: Studio, stage: str, together: Together) -> None:
         checkpoint_gradients(model.language_model.layers)
     run = studio.run(stage, together, model.vision_tower, EYE_SLOWNESS)
     batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES)
-    code_risk = studio.code_risk()
+    risks = studio.risks()
 
     def losses() -> dict[str, Tensor]:
         pixel_values, labels, chunks = next(batches)
         features = model.vision_tower(pixel_values.to(studio.device))
         patches = together.heads.losses(features, move(labels, studio.device))
         projected = model.multi_modal_projector["linear"](features[:PICTURES_A_BATCH])
-        answers = rows_loss(model, projected, [move(rows, studio.device) for rows in chunks], code_risk)
+        answers = rows_loss(model, projected, [move(rows, studio.device) for rows in chunks], risks)
         return {"answers": answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
 
     run.train(losses)
