@@ -53,7 +53,7 @@ STEPS = {
     "patches": 5250,
     "voice": 1500,
     "together": 6250,
-    "finish": 700,
+    "finish": 750,
 }
 PEAKS = {
     "contrastive": 1e-3,
