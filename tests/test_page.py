@@ -73,8 +73,11 @@ def upload(tab, path):
 
 def set_max_new_tokens(tab, count):
     tab.get_by_role("button", name="Settings").first.click()
-    tab.get_by_label("number input for Max new tokens").fill(str(count))
-    tab.get_by_label("number input for Max new tokens").press("Tab")
+    number = tab.get_by_label("number input for Max new tokens")
+    number.wait_for()
+    tab.wait_for_timeout(500)  # Gradio sets first values shortly after it shows a slider: faster than people, not tests
+    number.fill(str(count))
+    number.press("Tab")
 
 
 def test_a_scene_is_captioned_in_the_browser(open_page, page_address, tiny):
