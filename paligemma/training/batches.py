@@ -15,7 +15,7 @@ from .losses import NO_LABEL
 from .mask_codec import MaskCodec, fit_mask
 from .patches import PatchLabels, label_patches
 from .scenes import Painter, Scene
-from .tasks import prompts_and_answers
+from .tasks import CAPTION_PROMPT, caption, prompts_and_answers
 from .tokenizer import SEG_TOKENS
 
 SHORT = 6  # tokens, as one box has
@@ -130,7 +130,10 @@ class PatchBatches(IterableDataset):
 
 
 class SceneBatches(PatchBatches):
-    """As `PatchBatches`, with a third element: rows of all tasks, in chunks, about the first `asked_about` pictures."""
+    """As `PatchBatches`, with a third element: rows, in chunks, of all tasks about the first `asked_about` pictures.
+
+    The next `captioned` pictures have one row each, since naming all that is there takes the most practice.
+    """
 
     def __init__(
         self,
@@ -141,9 +144,10 @@ class SceneBatches(PatchBatches):
         seed: int,
         codec: MaskCodec,
         asked_about: int,
+        captioned: int = 0,
     ):
         super().__init__(processor, painter, pictures, max_objects, seed)
-        self.codec, self.asked_about = codec, asked_about
+        self.codec, self.asked_about, self.captioned = codec, asked_about, captioned
 
     def __iter__(self) -> Iterator[tuple[Tensor, PatchLabels, list[Rows]]]:
         rng = np.random.default_rng(self.seed)
@@ -155,6 +159,8 @@ class SceneBatches(PatchBatches):
                 for picture, scene in enumerate(scenes[: self.asked_about])
                 for pair in prompts_and_answers(rng, scene, codes[picture], self.painter.kinds)
             ]
+            further = range(self.asked_about, self.asked_about + self.captioned)
+            asked += [(picture, (CAPTION_PROMPT, caption(scenes[picture]))) for picture in further]
             # Rows of like length together, because each is padded to the longest of its chunk.
             asked.sort(key=lambda item: len(self.processor.tokenizer.encode(" ".join(item[1])).ids))
             chunks = [

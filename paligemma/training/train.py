@@ -44,7 +44,8 @@ from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, build_tokenizer
 SPRITE_SIZE = 128
 SCENES_A_BATCH = 64  # for the eye
 PICTURES_A_BATCH = 12  # for the voice, with about five rows each
-FURTHER_PICTURES = 36  # beside them, for the eye alone, when all learn together
+FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
+CAPTIONED_PICTURES = 12  # of these, with a caption for the voice
 FIRST_MAX_OBJECTS = 2
 STEPS = {
     "contrastive": 700,
@@ -52,8 +53,8 @@ STEPS = {
     "masks": 2500,
     "patches": 5250,
     "voice": 1500,
-    "together": 6250,
-    "finish": 750,
+    "together": 8750,
+    "finish": 1000,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -260,14 +261,14 @@ def _train_all(studio: Studio, stage: str, together: Together) -> None:
         checkpoint_gradients(model.vision_tower.encoder["layers"])
         checkpoint_gradients(model.language_model.layers)
     run = studio.run(stage, together, model.vision_tower, EYE_SLOWNESS)
-    batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES)
+    batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES, CAPTIONED_PICTURES)
     risks = studio.risks()
 
     def losses() -> dict[str, Tensor]:
         pixel_values, labels, chunks = next(batches)
         features = model.vision_tower(pixel_values.to(studio.device))
         patches = together.heads.losses(features, move(labels, studio.device))
-        projected = model.multi_modal_projector["linear"](features[:PICTURES_A_BATCH])
+        projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + CAPTIONED_PICTURES])
         answers = rows_loss(model, projected, [move(rows, studio.device) for rows in chunks], risks)
         return {"answers": answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
 
@@ -277,7 +278,9 @@ def _train_all(studio: Studio, stage: str, together: Together) -> None:
     save_file({name: value.bfloat16() for name, value in decoder.items()}, studio.folder / "mask_decoder.safetensors")
 
 
-def _scene_batches(studio: Studio, stage: str, run: Run, max_objects: Tensor, further: int = 0) -> Iterator:
+def _scene_batches(
+    studio: Studio, stage: str, run: Run, max_objects: Tensor, further: int = 0, captioned: int = 0
+) -> Iterator:
     return in_background(
         SceneBatches(
             studio.processor,
@@ -287,6 +290,7 @@ def _scene_batches(studio: Studio, stage: str, run: Run, max_objects: Tensor, fu
             studio.seed(stage, run),
             studio.codec(),
             PICTURES_A_BATCH,
+            captioned,
         )
     )
 
