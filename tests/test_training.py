@@ -297,6 +297,20 @@ def test_rows_ask_about_the_first_pictures_only(tiny, painter):
     assert {picture for rows in chunks for picture in rows.pictures.tolist()} == {0, 1}
 
 
+def test_the_next_pictures_are_captioned_only(tiny, painter, monkeypatch):
+    scenes, draw = [], painter.random_scene
+    monkeypatch.setattr(painter, "random_scene", lambda *arguments: scenes.append(draw(*arguments)) or scenes[-1])
+    batches = SceneBatches(tiny.processor, painter, 5, torch.tensor(2), 0, MaskCodec().eval(), 2, captioned=2)
+    tokenizer = tiny.processor.tokenizer
+    texts = {}
+    for rows in next(iter(batches))[2]:
+        for picture, ids in zip(rows.pictures.tolist(), rows.input_ids.tolist()):
+            texts.setdefault(picture, []).append(" ".join(tokenizer.decode(ids).split()))
+    assert texts.keys() == {0, 1, 2, 3}
+    for picture in (2, 3):
+        assert texts[picture] == [f"caption en {caption(scenes[picture])}"]
+
+
 def test_a_code_costs_as_much_as_its_vector_lies_away(tiny):
     codebook = torch.tensor([[0.0], [1.0], [5.0]])
     risk = TokenRisk.of_codes(10, codebook)
