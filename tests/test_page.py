@@ -75,7 +75,8 @@ def set_max_new_tokens(tab, count):
     tab.get_by_role("button", name="Settings").first.click()
     number = tab.get_by_label("number input for Max new tokens")
     number.wait_for()
-    # Typed at once, a number was lost in 9 of 337 tries, as if the slider's first value came after it; so, in none of 133.
+    # A number typed at once was lost in 9 of 337 tries, as if the slider's first value came late; after a wait, in none
+    # of 133.
     tab.wait_for_timeout(500)
     number.fill(str(count))
     number.press("Tab")
