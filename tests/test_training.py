@@ -30,7 +30,7 @@ from paligemma.training.losses import (
     siglip_loss,
 )
 from paligemma.training.mask_codec import MaskCodec, fit_mask
-from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, label_patches
+from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, RelationHeads, label_patches
 from paligemma.training.scenes import MAX_OVERLAP, Painter, Scene, SceneObject
 from paligemma.training.start import initialise, resize_positions, tiny_config
 from paligemma.training.tasks import (
@@ -364,6 +364,28 @@ def test_patches_are_labelled_with_what_lies_on_them():
     assert [labels.across[0, place].item() for place in (first, last, 8 * 2 + 5)] == [0, 1, 0]
     assert labels.counts[0, last] == 0, "no other dog"
     assert labels.down[0, 30] == NO_LABEL, "the background has no place"
+    assert [labels.order[0, place].item() for place in (first, last, 30)] == [0, 1, NO_LABEL]
+    assert [labels.following[0, place].item() for place in (first, last, 30)] == [1, 0, NO_LABEL]
+
+
+def test_patches_tell_a_kinds_place_in_the_caption_and_one_patch_of_each_object_is_chosen():
+    owners = np.zeros((112, 112), np.uint8)
+    owners[:28, :28], owners[42:70, 42:70], owners[84:, 84:] = 1, 2, 3
+    owners[56:70, 56:70] = 0  # the chosen patch is one that shows the object
+    places = [(0.0, 0.0, 0.25, 0.25), (0.375, 0.375, 0.625, 0.625), (0.75, 0.75, 1.0, 1.0)]
+    kinds = [index("cat"), index("dog"), index("cat")]
+    things = tuple(SceneObject(kind, box, None, owner) for owner, (kind, box) in enumerate(zip(kinds, places), 1))
+    scene = replace(scene_of(), objects=things, owners=owners)
+    labels = label_patches([scene], 8)
+    patches = [0, 8 * 3 + 3, 63]
+    assert labels.order[0, patches].tolist() == [0, 1, 0], "2 cats and a dog"
+    assert labels.following[0, patches].tolist() == [1, 0, 1]
+    assert labels.counts[0, patches].tolist() == [1, 0, 1]
+    chosen = labels.chosen[0].nonzero().flatten().tolist()
+    assert len(chosen) == 3
+    assert {labels.down[0, place].item() for place in chosen} == {0, 1, 2}
+    assert 8 * 4 + 4 not in chosen, "the middle of the dog does not show it"
+    assert set(chosen) & {8 * 3 + 3, 8 * 3 + 4, 8 * 4 + 3}
 
 
 def test_an_object_that_hardly_touches_a_patch_is_not_shown_by_it():
@@ -408,6 +430,35 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, painter):
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_how_objects_relate_is_asked_of_the_first_layers_of_the_voice(tiny, painter):
+    torch.manual_seed(0)
+    scenes = SceneBatches(
+        tiny.processor, painter, 3, torch.tensor(2), 0, MaskCodec().eval(), asked_about=2, captioned=1
+    )
+    pixel_values, labels, chunks = next(iter(scenes))
+    together = train.Together(tiny.config)
+    losses = together.answer_losses(together.model.image_features(pixel_values), labels, chunks, [])
+    assert losses.keys() == {"answers", "counts", "order", "following"}
+    losses["counts"].backward()
+    layers = together.model.language_model.layers
+    has_gradient = [layer.self_attn.q_proj.weight.grad is not None for layer in layers]
+    assert has_gradient == [place < train.RELATING_LAYERS for place in range(len(layers))]
+    assert not layers[train.RELATING_LAYERS - 1]._forward_hooks, "nothing is recorded any longer"
+
+
+def test_each_row_is_asked_how_the_objects_of_its_own_picture_relate(painter):
+    rng = np.random.default_rng(0)
+    labels = label_patches([painter.random_scene(rng, 112, count) for count in (1, 4, 4)], 8)
+    heads = RelationHeads(6)
+    for head in heads.values():
+        torch.nn.init.eye_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    pictures = torch.tensor([2, 1, 2])
+    states = 20 * F.one_hot(labels.counts[pictures].clamp(min=0), 6).float()
+    assert heads.losses(states, pictures, labels)["counts"] < 1e-3
+    assert heads.losses(states, torch.tensor([0, 0, 0]), labels)["counts"] > 0.1
 
 
 def test_a_codec_learns_to_give_masks_back(painter, tmp_path):
@@ -518,7 +569,7 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
         train.STAGES[stage](studio)
     eye = studio.patch_model().vision_tower.state_dict()
     kept = studio.saved("voice")
-    assert all(torch.equal(weight, kept[f"vision_tower.{name}"]) for name, weight in eye.items()), "the eye stays"
+    assert all(torch.equal(weight, kept[f"model.vision_tower.{name}"]) for name, weight in eye.items()), "the eye stays"
     for stage in ("together", "finish"):
         train.STAGES[stage](studio)
 

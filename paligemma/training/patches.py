@@ -21,7 +21,8 @@ from .artwork import KINDS
 from .colours import COLOURS
 from .losses import NO_LABEL
 from .mask_codec import fit_mask
-from .scenes import MAX_OBJECTS, Scene
+from .scenes import MAX_OBJECTS, Box, Scene
+from .tasks import kinds_by_first_appearance
 
 LETTERS = string.ascii_uppercase
 # What a patch can show: a kind, a letter, or the background in one of the colours.
@@ -30,8 +31,11 @@ NUM_SHOWN = FIRST_COLOUR + len(COLOURS)
 NO_COLOUR = len(COLOURS)  # of an object that no colour rules
 LEAST_SHARE = 0.15  # of a patch that an object or letter must cover for the patch to show it
 KIND_WEIGHT = 2.0  # the hardest of the questions, and the one that the others rest on
-LETTER_WEIGHT = 1.5
+LETTER_WEIGHT = 3.0
 BOX_WEIGHT = 8.0  # an error of an eighth of the picture weighs as much as a nat
+CHOSEN_WEIGHT = 4.0  # most patches are so clearly not chosen that the mean over all is small
+SHAPE_WEIGHT = 2.0
+RELATION_WEIGHT = 0.5
 SHAPE_SIDE = 8  # an object's mask is asked for in so many squares, either way
 
 
@@ -45,6 +49,10 @@ class PatchLabels:
     across: int64 [P, patches], how many objects begin further left, or how many letters of the word are before.
     down: int64 [P, patches], how many objects come before in reading order.
     counts: int64 [P, patches], how many more objects there are of this one's kind.
+    order: int64 [P, patches], how many kinds the caption names before the object's.
+    following: int64 [P, patches], how many it names after it.
+    chosen: float32 [P, patches], 1 for one patch of each object, that objects may be counted by: the nearest to the
+        middle of its box.
     shapes: float32 [P, patches, 64], how much of each square of its box, cut into 8 × 8, the object fills.
     """
 
@@ -54,6 +62,9 @@ class PatchLabels:
     across: Tensor
     down: Tensor
     counts: Tensor
+    order: Tensor
+    following: Tensor
+    chosen: Tensor
     shapes: Tensor
 
 
@@ -69,20 +80,34 @@ def _label_scene(scene: Scene, side: int) -> PatchLabels:
     owners = _patch_owners(scene, side)
     shown = np.full(side**2, FIRST_COLOUR + COLOURS.index(scene.background))
     boxes = np.zeros((side**2, 4), np.float32)
-    colours, across, down, counts = (np.full(side**2, NO_LABEL) for _ in range(4))
+    colours, across, down, counts, order, following = (np.full(side**2, NO_LABEL) for _ in range(6))
+    chosen = np.zeros(side**2, np.float32)
     shapes = np.zeros((side**2, SHAPE_SIDE**2), np.float32)
     for place, letter in enumerate(scene.word):
         here = owners == place + 1
         shown[here], across[here] = FIRST_LETTER + LETTERS.index(letter), place
     left_edges = sorted(thing.box[1] for thing in scene.objects)
+    named = kinds_by_first_appearance(scene)
     for place, thing in enumerate(scene.objects):
         here = owners == thing.owner
         shown[here], boxes[here], down[here] = thing.kind, thing.box, place
         across[here] = left_edges.index(thing.box[1])
         counts[here] = scene.count(thing.kind) - 1
+        order[here] = named.index(thing.kind)
+        following[here] = len(named) - 1 - named.index(thing.kind)
+        chosen[_nearest_to_middle(here, thing.box, side)] = 1
         colours[here] = NO_COLOUR if thing.colour is None else COLOURS.index(thing.colour)
         shapes[here] = F.avg_pool2d(fit_mask(scene.mask(thing))[None], MASK_SIDE // SHAPE_SIDE).flatten()
-    return PatchLabels(*map(torch.from_numpy, (shown, boxes, colours, across, down, counts, shapes)))
+    labels = (shown, boxes, colours, across, down, counts, order, following, chosen, shapes)
+    return PatchLabels(*map(torch.from_numpy, labels))
+
+
+def _nearest_to_middle(here: np.ndarray, box: Box, side: int) -> np.ndarray:
+    """Int64 [at most 1]: of the patches marked in bool [patches], the one nearest to the middle of the box."""
+    patches = np.flatnonzero(here)
+    y, x = (patches // side + 0.5) / side, (patches % side + 0.5) / side
+    distances = (y - (box[0] + box[2]) / 2) ** 2 + (x - (box[1] + box[3]) / 2) ** 2
+    return patches[np.argsort(distances)[:1]]
 
 
 def _patch_owners(scene: Scene, side: int) -> np.ndarray:
@@ -104,7 +129,7 @@ class PatchHeads(nn.ModuleDict):
             "colours": len(COLOURS) + 1,
             "across": MAX_OBJECTS,
             "down": MAX_OBJECTS,
-            "counts": MAX_OBJECTS,
+            "chosen": 1,
             "shapes": SHAPE_SIDE**2,
         }
         super().__init__({name: nn.Linear(width, size) for name, size in sizes.items()})
@@ -118,8 +143,8 @@ class PatchHeads(nn.ModuleDict):
         return {name: directions[index] for name, index in names.items()}
 
     def told(self) -> Tensor:
-        """Orthonormal directions of features, float [n, width], that tell the rest: where, how many, of which colour."""
-        names = ("boxes", "colours", "across", "down", "counts")
+        """Orthonormal directions of features, float [n, width], that tell the rest: where, of which colour."""
+        names = ("boxes", "colours", "across", "down")
         return torch.linalg.qr(torch.cat([self[name].weight.detach() for name in names]).T).Q.T
 
     def losses(self, features: Tensor, labels: PatchLabels) -> dict[str, Tensor]:
@@ -135,10 +160,32 @@ class PatchHeads(nn.ModuleDict):
             "ground": F.cross_entropy(shown[is_ground], labels.shown[is_ground]),
             "boxes": BOX_WEIGHT * F.l1_loss(self["boxes"](things), labels.boxes[is_object]),
             "colours": 0.3 * F.cross_entropy(self["colours"](things), labels.colours[is_object]),
-            "across": 0.3 * F.cross_entropy(self["across"](placed), labels.across[is_placed]),
+            "across": 0.5 * F.cross_entropy(self["across"](placed), labels.across[is_placed]),
             "down": 0.3 * F.cross_entropy(self["down"](things), labels.down[is_object]),
-            "counts": 0.3 * F.cross_entropy(self["counts"](things), labels.counts[is_object]),
-            "shapes": F.binary_cross_entropy_with_logits(self["shapes"](things), labels.shapes[is_object]),
+            "chosen": CHOSEN_WEIGHT
+            * F.binary_cross_entropy_with_logits(self["chosen"](features).squeeze(-1), labels.chosen),
+            "shapes": SHAPE_WEIGHT
+            * F.binary_cross_entropy_with_logits(self["shapes"](things), labels.shapes[is_object]),
+        }
+
+
+class RelationHeads(nn.ModuleDict):
+    """A linear head for each question about an object among the others.
+
+    The eye hardly answers these, since it needs all of its layers to know kinds, and can only then compare them: they are
+    asked of the decoder's states at the patches.
+    """
+
+    def __init__(self, width: int):
+        super().__init__({name: nn.Linear(width, MAX_OBJECTS) for name in ("counts", "order", "following")})
+
+    def losses(self, states: Tensor, pictures: Tensor, labels: PatchLabels) -> dict[str, Tensor]:
+        """From states, float [R, patches, width], of rows about `pictures`, int64 [R], which `labels` are of."""
+        is_object = labels.shown[pictures] < FIRST_LETTER
+        things = states[is_object]  # [objects' patches, width]
+        return {
+            name: RELATION_WEIGHT * F.cross_entropy(head(things), getattr(labels, name)[pictures][is_object])
+            for name, head in self.items()
         }
 
 

@@ -18,7 +18,7 @@ SHARPNESS = 1.4  # of the heads that begin by looking for the same: most of thei
 
 
 def tiny_config(vocab_size: int, image_token_id: int) -> PaliGemmaConfig:
-    """Sizes of the embedded checkpoint: 4.8 million parameters."""
+    """Sizes of the embedded checkpoint: 4.9 million parameters."""
     return PaliGemmaConfig(
         vision=VisionConfig(
             hidden_size=192,
@@ -34,7 +34,7 @@ def tiny_config(vocab_size: int, image_token_id: int) -> PaliGemmaConfig:
             intermediate_size=512,
             num_hidden_layers=4,
             num_attention_heads=4,
-            num_key_value_heads=1,
+            num_key_value_heads=2,
             head_dim=48,
             max_position_embeddings=1024,
         ),

@@ -30,12 +30,16 @@ PLACES = (
 
 def caption(scene: Scene) -> str:
     """Kinds with their counts, from left to right by first appearance: `2 cats and a guitar on a blue background`."""
-    kinds = dict.fromkeys(thing.kind for thing in _from_left_to_right(scene))
     parts = []
-    for kind in kinds:
+    for kind in kinds_by_first_appearance(scene):
         count = scene.count(kind)
         parts.append(_with_article(KINDS[kind].name) if count == 1 else f"{count} {KINDS[kind].plural}")
     return f"{_list(parts)} on {_with_article(scene.background)} background"
+
+
+def kinds_by_first_appearance(scene: Scene) -> list[int]:
+    """Each kind once, by which of its objects begins furthest left."""
+    return list(dict.fromkeys(thing.kind for thing in _from_left_to_right(scene)))
 
 
 def description(scene: Scene) -> str:

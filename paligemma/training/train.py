@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoints import save_checkpoint
+from ..config import PaliGemmaConfig
 from ..model import PaliGemma
 from ..processor import Processor
 from . import contrastive, naming
@@ -36,7 +38,7 @@ from .contrastive import CROP_SIZE
 from .loop import Run, checkpoint_gradients
 from .losses import TokenRisk, answer_loss
 from .mask_codec import MaskBatches, MaskCodec, reconstruction_iou
-from .patches import PatchHeads, PatchModel
+from .patches import PatchHeads, PatchLabels, PatchModel, RelationHeads
 from .scenes import MAX_OBJECTS, Painter
 from .start import initialise, resize_positions, tiny_config
 from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, build_tokenizer
@@ -45,7 +47,7 @@ SPRITE_SIZE = 128
 SCENES_A_BATCH = 64  # for the eye
 PICTURES_A_BATCH = 12  # for the voice, with about five rows each
 FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
-CAPTIONED_PICTURES = 12  # of these, with a caption for the voice
+CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
 FIRST_MAX_OBJECTS = 2
 STEPS = {
     "contrastive": 700,
@@ -53,7 +55,7 @@ STEPS = {
     "masks": 2500,
     "patches": 5250,
     "voice": 1500,
-    "together": 8750,
+    "together": 11750,
     "finish": 1000,
 }
 PEAKS = {
@@ -68,6 +70,7 @@ PEAKS = {
 JUDGED = 500  # fresh crops that the first two stages are judged by
 EYE_SLOWNESS = 0.4  # the part of the rate at which the eye learns when all do, since it has learnt so much already
 PATCH_WEIGHT = 0.5  # of the patches' losses beside the answers'
+RELATING_LAYERS = 2  # of the decoder: after these, its states at an object's patches tell how it relates to the others
 
 
 @dataclass(frozen=True)
@@ -211,51 +214,73 @@ def rows_loss(model: PaliGemma, image_features: Tensor, chunks: list[Rows], risk
     return total / weight
 
 
+@contextmanager
+def recorded(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """What a layer returns while this is open."""
+    outputs: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+class Together(nn.Module):
+    """The whole model, the patches' heads, which keep the eye at what it knows, and those that relate objects."""
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.model = PaliGemma(config)
+        self.heads = PatchHeads(config.vision.hidden_size)
+        self.relations = RelationHeads(config.text.hidden_size)
+
+    def answer_losses(
+        self, image_features: Tensor, labels: PatchLabels, chunks: list[Rows], risks: Sequence[TokenRisk]
+    ) -> dict[str, Tensor]:
+        """The answers' and the relations'; `image_features` are projected, of the first of the pictures of `labels`."""
+        with recorded(self.model.language_model.layers[RELATING_LAYERS - 1]) as outputs:
+            answers = rows_loss(self.model, image_features, chunks, risks)
+        states = torch.cat([output[:, : image_features.shape[1]] for output in outputs])
+        pictures = torch.cat([rows.pictures for rows in chunks])
+        return {"answers": answers, **self.relations.losses(states, pictures, labels)}
+
+
 def train_voice(studio: Studio) -> None:
     stage = "voice"
-    model = PaliGemma(studio.processor.config)
-    seeing = studio.patch_model()
+    together = Together(studio.processor.config)
+    model, seeing = together.model, studio.patch_model()
     initialise(model, studio.processor.tokenizer, seeing.heads.seen(), seeing.heads.told())
     model.vision_tower.load_state_dict(seeing.vision_tower.state_dict())
+    together.heads.load_state_dict(seeing.heads.state_dict())
     # While the voice is still random, its gradients would undo what the eye has learnt.
     model.vision_tower.requires_grad_(False)
+    together.heads.requires_grad_(False)
     if studio.gradient_checkpointing:
         checkpoint_gradients(model.language_model.layers)
-    run, max_objects = studio.run(stage, model), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
+    run, max_objects = studio.run(stage, together), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
     batches, risks = _scene_batches(studio, stage, run, max_objects), studio.risks()
 
     def losses() -> dict[str, Tensor]:
         grow(run, max_objects, FIRST_MAX_OBJECTS, MAX_OBJECTS)
-        pixel_values, _, chunks = next(batches)
+        pixel_values, labels, chunks = next(batches)
         features = model.image_features(pixel_values.to(studio.device))
-        return {"answers": rows_loss(model, features, [move(rows, studio.device) for rows in chunks], risks)}
+        chunks = [move(rows, studio.device) for rows in chunks]
+        return together.answer_losses(features, move(labels, studio.device), chunks, risks)
 
     run.train(losses)
 
 
-class Together(nn.Module):
-    """The whole model, and the patches' heads, which keep the eye at what it knows."""
-
-    def __init__(self, studio: Studio):
-        super().__init__()
-        self.model = PaliGemma(studio.processor.config)
-        self.heads = PatchHeads(studio.processor.config.vision.hidden_size)
-
-
 def train_together(studio: Studio) -> None:
-    together = Together(studio)
-    together.model.load_state_dict(studio.saved("voice"))
-    together.heads.load_state_dict(studio.patch_model().heads.state_dict())
-    _train_all(studio, "together", together)
+    _train_all(studio, "together", "voice")
 
 
 def train_finish(studio: Studio) -> None:
-    together = Together(studio)
-    together.load_state_dict(studio.saved("together"))
-    _train_all(studio, "finish", together)
+    _train_all(studio, "finish", "together")
 
 
-def _train_all(studio: Studio, stage: str, together: Together) -> None:
+def _train_all(studio: Studio, stage: str, forerunner: str) -> None:
+    together = Together(studio.processor.config)
+    together.load_state_dict(studio.saved(forerunner))
     model = together.model
     if studio.gradient_checkpointing:
         checkpoint_gradients(model.vision_tower.encoder["layers"])
@@ -266,11 +291,12 @@ def _train_all(studio: Studio, stage: str, together: Together) -> None:
 
     def losses() -> dict[str, Tensor]:
         pixel_values, labels, chunks = next(batches)
+        labels, chunks = move(labels, studio.device), [move(rows, studio.device) for rows in chunks]
         features = model.vision_tower(pixel_values.to(studio.device))
-        patches = together.heads.losses(features, move(labels, studio.device))
+        patches = together.heads.losses(features, labels)
         projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + CAPTIONED_PICTURES])
-        answers = rows_loss(model, projected, [move(rows, studio.device) for rows in chunks], risks)
-        return {"answers": answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
+        answers = together.answer_losses(projected, labels, chunks, risks)
+        return {**answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
 
     run.train(losses)
     save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16)
