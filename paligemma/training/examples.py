@@ -20,7 +20,7 @@ SHEET_SPRITE_SIZE = 160  # the whole sheet stays far below 10 MB
 EXAMPLES = [
     ("cats", ["cat", "cat"], "", 11),
     ("picnic", ["apple", "banana", "apple"], "", 12),
-    ("traffic", ["car", "bus", "car"], "", 20),
+    ("traffic", ["car", "bus", "car"], "", 51),
     ("music", ["guitar", "drum"], "", 28),
     ("sign", ["cactus"], "OPEN", 22),
 ]
