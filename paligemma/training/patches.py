@@ -172,8 +172,8 @@ class PatchHeads(nn.ModuleDict):
 class RelationHeads(nn.ModuleDict):
     """A linear head for each question about an object among the others.
 
-    The eye hardly answers these, since it needs all of its layers to know kinds, and can only then compare them: they are
-    asked of the decoder's states at the patches.
+    The eye hardly learns to answer these, probably since it needs all of its layers to know kinds, and could only then
+    compare them: they are asked of the decoder's states at the patches.
     """
 
     def __init__(self, width: int):
