@@ -50,7 +50,8 @@ def test_every_mode_becomes_rgb(tiny, mode):
     assert image.mode == "RGB"
     assert image.size == (5, 3)
     assert image.getpixel((0, 0)) == (255, 255, 255)
-    assert tiny.processor.pixel_values(image).shape == (1, 3, 112, 112)
+    side = tiny.config.vision.image_size
+    assert tiny.processor.pixel_values(image).shape == (1, 3, side, side)
 
 
 def test_cmyk_jpeg_keeps_its_colours(tmp_path):
@@ -112,9 +113,10 @@ def test_an_empty_prompt_is_refused(tiny, prompt):
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny):
-    text = dataclasses.replace(tiny.config.text, max_position_embeddings=80)
+    context = tiny.config.vision.num_patches + 16
+    text = dataclasses.replace(tiny.config.text, max_position_embeddings=context)
     processor = Processor(dataclasses.replace(tiny.config, text=text), VOCABULARY)
-    assert len(processor.input_ids("a" + " cat" * 12)) == 79  # 64 placeholders, <bos>, 13 words, a line end
+    assert len(processor.input_ids("a" + " cat" * 12)) == context - 1  # the picture, <bos>, 13 words, a line end
     with pytest.raises(PaliGemmaError, match="16 tokens, but 15 fit"):
         processor.input_ids("a" + " cat" * 13)
     with pytest.raises(PaliGemmaError, match="please shorten it"):

@@ -32,7 +32,7 @@ from paligemma.training.losses import (
 from paligemma.training.mask_codec import MaskCodec, fit_mask
 from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, RelationHeads, label_patches
 from paligemma.training.scenes import MAX_OVERLAP, Painter, Scene, SceneObject
-from paligemma.training.start import initialise, resize_positions, tiny_config
+from paligemma.training.start import IMAGE_SIZE, initialise, resize_positions, tiny_config
 from paligemma.training.tasks import (
     caption,
     description,
@@ -529,12 +529,14 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
 
 
 @pytest.fixture
-def studio(tiny, sprites, fonts, tmp_path, monkeypatch):
+def studio(sprites, fonts, tmp_path, monkeypatch):
     """A place to train in, with few and small steps."""
     monkeypatch.setattr(contrastive, "CROPS_A_BATCH", 12)
     monkeypatch.setattr(naming, "CROPS_A_BATCH", 4)
     monkeypatch.setattr(train, "SCENES_A_BATCH", 2)
     monkeypatch.setattr(train, "PICTURES_A_BATCH", 2)
+    monkeypatch.setattr(train, "FURTHER_PICTURES", 2)
+    monkeypatch.setattr(train, "CAPTIONED_PICTURES", 1)
     monkeypatch.setattr(train, "JUDGED", 10)
     monkeypatch.setattr(mask_codec, "MASKS_A_BATCH", 4)
     monkeypatch.setattr(loop, "WARM_UP_STEPS", 5)
@@ -544,7 +546,7 @@ def studio(tiny, sprites, fonts, tmp_path, monkeypatch):
     torch.manual_seed(0)
     return train.Studio(
         folder=tmp_path,
-        processor=tiny.processor,
+        processor=train.tiny_processor(train.FIRST_IMAGE_SIZE),
         painter=Painter(sprites, fonts, kinds=[0, 1, 2]),
         device=torch.device("cpu"),
         gradient_checkpointing=False,
@@ -576,6 +578,7 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     from paligemma import load
 
     vlm = load(tmp_path)
+    assert vlm.config.vision.image_size == IMAGE_SIZE > train.FIRST_IMAGE_SIZE
     assert isinstance(vlm.mask_decoder, MaskDecoder)
     assert vlm.generate(Image.new("RGB", (50, 50)), "caption en", max_new_tokens=3) is not None
 

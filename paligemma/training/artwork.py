@@ -12,7 +12,7 @@ import os
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,13 +141,16 @@ class Sprites:
         return self._outlines[kind, style]
 
 
-def load_sprites(size: int, cache_folder: Path = CACHE_FOLDER) -> Sprites:
-    """Every kind in every style, cropped to what is drawn and scaled so that its longer side fills the square."""
+def load_sprites(size: int, packages: Sequence[str] = tuple(STYLES), cache_folder: Path = CACHE_FOLDER) -> Sprites:
+    """Every kind in the style of each package, cropped to what is drawn and scaled so that its longer side fills the square.
+
+    Other packages than those of `STYLES` do if they are of Iconify's sort and name their drawings as these do.
+    """
     cache_folder.mkdir(parents=True, exist_ok=True)
-    contents = hashlib.sha256(repr((KINDS, tuple(STYLES))).encode()).hexdigest()[:12]
+    contents = hashlib.sha256(repr((KINDS, tuple(packages))).encode()).hexdigest()[:12]
     cached = cache_folder / f"sprites-{contents}-{size}.npy"
     if not cached.exists():
-        styles = [_rasterise_style(package, size) for package in STYLES]
+        styles = [_rasterise_style(package, size) for package in packages]
         _write_whole(cached, lambda path: np.save(path, np.stack(styles, axis=1)))
     return Sprites(np.load(cached))
 

@@ -14,18 +14,19 @@ from ..gemma import GemmaAttention
 from ..model import PaliGemma
 from .tokenizer import LOC_TOKENS
 
+IMAGE_SIZE = 168  # pixels of a picture's side, as the checkpoint ships
 SHARPNESS = 1.4  # of the heads that begin by looking for the same: most of their attention finds it
 
 
-def tiny_config(vocab_size: int, image_token_id: int) -> PaliGemmaConfig:
-    """Sizes of the embedded checkpoint: 4.9 million parameters."""
+def tiny_config(vocab_size: int, image_token_id: int, image_size: int = IMAGE_SIZE) -> PaliGemmaConfig:
+    """Sizes of the embedded checkpoint: 4.9 million parameters. It begins to learn from smaller pictures."""
     return PaliGemmaConfig(
         vision=VisionConfig(
             hidden_size=192,
             intermediate_size=768,
             num_hidden_layers=6,
             num_attention_heads=4,
-            image_size=112,
+            image_size=image_size,
             patch_size=14,
         ),
         text=TextConfig(

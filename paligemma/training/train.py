@@ -8,7 +8,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `patches`: the eye goes on to whole scenes, and says of each patch what it shows.
 - `voice`: the eye stays as it is; projector and voice learn all tasks from its features.
 - `together`: all learn together, the eye slowly, and goes on to name its patches.
-- `finish`: the same, at a low learning rate.
+- `finish`: the same, on larger pictures, in which each object fills more patches.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from .losses import TokenRisk, answer_loss
 from .mask_codec import MaskBatches, MaskCodec, reconstruction_iou
 from .patches import PatchHeads, PatchLabels, PatchModel, RelationHeads
 from .scenes import MAX_OBJECTS, Painter
-from .start import initialise, resize_positions, tiny_config
+from .start import IMAGE_SIZE, initialise, resize_positions, tiny_config
 from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, build_tokenizer
 
 SPRITE_SIZE = 128
@@ -49,6 +49,7 @@ PICTURES_A_BATCH = 12  # for the voice, with about five rows each
 FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
 CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
 FIRST_MAX_OBJECTS = 2
+FIRST_IMAGE_SIZE = 112  # pixels, until the last stage: of the 168 that follow, each costs more than twice as much
 STEPS = {
     "contrastive": 700,
     "naming": 1500,
@@ -56,7 +57,7 @@ STEPS = {
     "patches": 5250,
     "voice": 1500,
     "together": 11750,
-    "finish": 1000,
+    "finish": 1500,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -65,8 +66,9 @@ PEAKS = {
     "patches": 8e-4,
     "voice": 1.5e-3,
     "together": 1e-3,
-    "finish": 3e-4,
+    "finish": 7.5e-4,
 }
+POSITIONS = "embeddings.position_embedding.weight"  # of an eye's state
 JUDGED = 500  # fresh crops that the first two stages are judged by
 EYE_SLOWNESS = 0.4  # the part of the rate at which the eye learns when all do, since it has learnt so much already
 PATCH_WEIGHT = 0.5  # of the patches' losses beside the answers'
@@ -123,6 +125,13 @@ class Studio:
         return model
 
 
+def tiny_processor(image_size: int) -> Processor:
+    """For the embedded checkpoint, of pictures of so many pixels either way."""
+    tokenizer = build_tokenizer()
+    config = tiny_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN), image_size)
+    return Processor(config, tokenizer)
+
+
 def grow(run: Run, value: Tensor, first: float, last: float) -> None:
     """Let a scalar, shared with the process that draws, rise from `first` to `last` over the first half of a run."""
     value.fill_(first + min(1.0, 2 * run.step / run.steps) * (last - first))
@@ -177,8 +186,7 @@ def train_patches(studio: Studio) -> None:
     stage = "patches"
     model = PatchModel(studio.processor.config.vision)
     weights = studio.saved_eye("naming")
-    positions = "embeddings.position_embedding.weight"
-    weights[positions] = resize_positions(weights[positions], studio.processor.config.vision.num_patches)
+    weights[POSITIONS] = resize_positions(weights[POSITIONS], studio.processor.config.vision.num_patches)
     model.vision_tower.load_state_dict(weights)
     with torch.no_grad():
         model.heads["shown"].weight[: len(KINDS)] = studio.saved("naming")["kinds.weight"]
@@ -275,12 +283,14 @@ def train_together(studio: Studio) -> None:
 
 
 def train_finish(studio: Studio) -> None:
-    _train_all(studio, "finish", "together")
+    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE)), "finish", "together")
 
 
 def _train_all(studio: Studio, stage: str, forerunner: str) -> None:
     together = Together(studio.processor.config)
-    together.load_state_dict(studio.saved(forerunner))
+    weights, positions = studio.saved(forerunner), f"model.vision_tower.{POSITIONS}"
+    weights[positions] = resize_positions(weights[positions], studio.processor.config.vision.num_patches)
+    together.load_state_dict(weights)
     model = together.model
     if studio.gradient_checkpointing:
         checkpoint_gradients(model.vision_tower.encoder["layers"])
@@ -347,12 +357,10 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 
-    tokenizer = build_tokenizer()
-    config = tiny_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN))
     styles = [style for style in range(len(STYLES)) if not (arguments.hold_out and style == HELD_OUT_STYLE)]
     studio = Studio(
         folder=arguments.output,
-        processor=Processor(config, tokenizer),
+        processor=tiny_processor(FIRST_IMAGE_SIZE),
         painter=Painter(load_sprites(SPRITE_SIZE)[styles], load_fonts()),
         device=torch.device(arguments.device),
         gradient_checkpointing=arguments.gradient_checkpointing,

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/embedded_checkpoint.py --model FOLDER         # the five styles of the artwork
 python tests/benchmarks/embedded_checkpoint.py --style 3              # one of them only
+python tests/benchmarks/embedded_checkpoint.py --package @iconify-json/openmoji@1.2.29  # a set that it never saw
 python tests/benchmarks/embedded_checkpoint.py --artwork FOLDER       # drawings it never saw: cat.png, hot dog.svg, ...
 
 Needs npm, which fetches artwork and fonts, and some minutes. Objects are drawn as the artists drew them, turned and
@@ -30,12 +31,15 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint folder; the embedded one if left out")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--style", type=int, action="append", choices=range(len(STYLES)), help=", ".join(STYLES))
+    parser.add_argument("--package", help="npm package of drawings in place of the five styles")
     parser.add_argument("--artwork", type=Path, help="folder of drawings named after the kinds, PNG or SVG")
     arguments = parser.parse_args()
     vlm = paligemma.load(arguments.model, dtype="float32")
     if arguments.artwork:
         sprites, kinds = load_folder(arguments.artwork, SPRITE_SIZE)
         print(f"{len(kinds)} of the kinds are in {arguments.artwork}")
+    elif arguments.package:
+        sprites, kinds = load_sprites(SPRITE_SIZE, [arguments.package]), None
     else:
         sprites, kinds = load_sprites(SPRITE_SIZE), None
         if arguments.style:
