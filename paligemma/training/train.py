@@ -57,7 +57,7 @@ STEPS = {
     "patches": 5250,
     "voice": 1500,
     "together": 11750,
-    "finish": 1500,
+    "finish": 2050,
 }
 PEAKS = {
     "contrastive": 1e-3,
