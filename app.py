@@ -138,7 +138,7 @@ def build_page(models: Models) -> gr.Blocks:
         with _sentences():
             picture, record = _open_picture(image)
             # What was shown before goes, also if this answer is stopped.
-            yield {figure: gr.update(value="", visible=False), words: "", speed: "", takeaway: gr.update(visible=False)}
+            yield {figure: "", words: "", speed: "", takeaway: gr.update(visible=False)}
             drawn, objects, given = None, [], []
             for status, vlm, given in follow(checkpoint, picture, prompts, settings):
                 if status:
@@ -371,7 +371,9 @@ def build_page(models: Models) -> gr.Blocks:
                     label="Try one of these",
                     elem_id="examples",
                 )
-                figure = gr.HTML(visible=False, elem_id="figure")
+                # Always visible, though empty at first: of updates that came soon after one that made it visible, the
+                # browser lost some.
+                figure = gr.HTML(elem_id="figure")
                 words = gr.HTML(NOTHING_YET, elem_id="answers")
                 speed = gr.Markdown(elem_id="speed")
                 with gr.Row(visible=False) as takeaway:
@@ -551,8 +553,8 @@ def _given(models: Models, record: dict) -> tuple[list[Answer], list[rendering.M
     return given, rendering.mark_objects(_detections(given), decode_mask)
 
 
-def _figure(record: dict, objects: Sequence[rendering.MarkedObject]) -> dict:
-    return gr.update(value=rendering.figure_html(record["url"], record["size"], objects), visible=bool(objects))
+def _figure(record: dict, objects: Sequence[rendering.MarkedObject]) -> str:
+    return rendering.figure_html(record["url"], record["size"], objects) if objects else ""
 
 
 def _prompts(record: dict) -> str:

@@ -139,6 +139,8 @@ def test_each_line_is_a_prompt_of_its_own(open_page, page_address, tiny):
 def test_objects_appear_while_the_answer_streams_and_light_up_with_their_words(open_page, serve, with_mask_decoder):
     tab = open_page(serve(Saying(with_mask_decoder, f"{BOX}{'<seg005>' * 16} cat ; {OTHER_BOX} dog ; <loc0001> bird")))
     upload(tab, PICTURE)
+    expect(tab.locator("#figure")).to_be_attached()  # updates may be lost of what is put in only when it is needed
+    expect(tab.locator("#figure")).to_be_hidden()
     tab.click("#run")
     expect(tab.locator("#figure g")).to_have_count(1, timeout=20_000)
     assert "dog" not in answer_in(tab), "the first is drawn before the second is there"
