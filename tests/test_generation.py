@@ -49,7 +49,7 @@ def test_max_new_tokens_bounds_the_answer(long_winded):
 def test_max_new_tokens_out_of_range_is_refused(tiny, max_new_tokens):
     context, prompt = tiny.config.text.max_position_embeddings, len(tiny.processor.input_ids("caption en"))
     with pytest.raises(
-        PaliGemmaError, match=f"^max_new_tokens is .*please give a whole number from 1 to {context - prompt}"
+        PaliGemmaError, match=f"^max_new_tokens is .*please give a whole number from 1 to {context - prompt}\\.$"
     ):
         tiny.stream(PICTURE, "caption en", max_new_tokens=max_new_tokens)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import math
+import tarfile
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +19,8 @@ from PIL import Image, ImageFont
 from paligemma.annotations import find_detections
 from paligemma.mask_decoder import MaskDecoder
 from paligemma.model import PaliGemma
-from paligemma.training import batches, contrastive, evaluate, loop, mask_codec, naming, train
-from paligemma.training.artwork import KINDS, STYLES, Sprites, load_folder, load_sheet, pack_sheet
+from paligemma.training import artwork, batches, contrastive, evaluate, loop, mask_codec, naming, train
+from paligemma.training.artwork import KINDS, STYLES, Sprites, load_folder, load_sheet, load_sprites, pack_sheet
 from paligemma.training.augmentation import restyle
 from paligemma.training.batches import SceneBatches, collate, encode_masks
 from paligemma.training.colours import COLOURS, random_colour, ruling_colour
@@ -634,6 +638,18 @@ def test_artwork_of_others_is_read_from_a_folder(tmp_path):
     assert sprites.levels[0][index("cat"), 0, 32, 32].tolist() == [255, 0, 0, 255]
     with pytest.raises(FileNotFoundError, match=r"name them after the kinds"):
         load_folder(tmp_path / "nothing", 64)
+
+
+def test_a_package_that_lacks_a_kind_is_refused(monkeypatch, tmp_path):
+    contents = json.dumps({"icons": {kind.icon: {} for kind in KINDS if kind.name != "cat"}}).encode()
+    with tarfile.open(tmp_path / "package.tar", "w") as tar:
+        entry = tarfile.TarInfo("package/icons.json")
+        entry.size = len(contents)
+        tar.addfile(entry, io.BytesIO(contents))
+    with tarfile.open(tmp_path / "package.tar") as tar:
+        monkeypatch.setattr(artwork, "_npm_package", lambda package: nullcontext(tar))
+        with pytest.raises(ValueError, match="a-set has no drawings of cat-face: put those that it has into a folder"):
+            load_sprites(16, ["a-set"], tmp_path)
 
 
 def test_sprites_come_back_from_their_sheet(sprites, tmp_path):

@@ -145,6 +145,9 @@ def load_sprites(size: int, packages: Sequence[str] = tuple(STYLES), cache_folde
     """Every kind in the style of each package, cropped to what is drawn and scaled so that its longer side fills the square.
 
     Other packages than those of `STYLES` do if they are of Iconify's sort and name their drawings as these do.
+
+    Raises:
+        ValueError: a package lacks a kind.
     """
     cache_folder.mkdir(parents=True, exist_ok=True)
     contents = hashlib.sha256(repr((KINDS, tuple(packages))).encode()).hexdigest()[:12]
@@ -225,6 +228,9 @@ def _halve(pixels: np.ndarray) -> np.ndarray:
 def _rasterise_style(package: str, size: int) -> np.ndarray:
     with _npm_package(package) as tar:
         icons = json.load(tar.extractfile("package/icons.json"))
+    names = icons["icons"].keys() | icons.get("aliases", {}).keys()
+    if missing := [kind.icon for kind in KINDS if kind.icon not in names]:
+        raise ValueError(f"{package} has no drawings of {', '.join(missing)}: put those that it has into a folder.")
     # Twice the size, so that cropping and shrinking leave no blur.
     return np.stack([_fill_square(_draw_svg(_svg(icons, kind.icon), 2 * size), size) for kind in KINDS])
 

@@ -49,7 +49,7 @@ PICTURES_A_BATCH = 12  # for the voice, with about five rows each
 FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
 CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
 FIRST_MAX_OBJECTS = 2
-FIRST_IMAGE_SIZE = 112  # pixels, until the last stage: of the 168 that follow, each costs more than twice as much
+FIRST_IMAGE_SIZE = 112  # pixels, until the last stage: a picture of `IMAGE_SIZE` costs more than twice as much
 STEPS = {
     "contrastive": 700,
     "naming": 1500,
