@@ -104,7 +104,7 @@ class PaliGemmaConfig:
             bos_token_id=_first_given(values.get("bos_token_id"), text.get("bos_token_id"), 2),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         )
-        config._check_divisors()
+        config._check_sizes()
         return config
 
     def to_dict(self) -> dict:
@@ -125,7 +125,7 @@ class PaliGemmaConfig:
             "tie_word_embeddings": True,
         }
 
-    def _check_divisors(self) -> None:
+    def _check_sizes(self) -> None:
         for name, whole, part in (
             ("vision hidden_size / num_attention_heads", self.vision.hidden_size, self.vision.num_attention_heads),
             ("image_size / patch_size", self.vision.image_size, self.vision.patch_size),
@@ -134,6 +134,11 @@ class PaliGemmaConfig:
         ):
             if whole % part:
                 raise PaliGemmaError(f"{name} must be whole, but is {whole} / {part}; the config.json is damaged.")
+        context, patches = self.text.max_position_embeddings, self.vision.num_patches
+        if context <= patches:
+            raise PaliGemmaError(
+                f"max_position_embeddings is {context}, but a picture alone takes {patches}; the config.json is damaged."
+            )
 
 
 def _known_fields(cls: type, values: dict) -> dict:

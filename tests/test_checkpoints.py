@@ -396,6 +396,7 @@ def test_broken_config_is_refused_with_the_file_named(folder, content):
         ("text_config", "hidden_size", 48.5, "hidden_size is 48.5, expected a number above zero"),
         ("vision_config", "patch_size", -14, "patch_size is -14, expected a number above zero"),
         ("vision_config", "image_size", 30, "image_size / patch_size must be whole, but is 30 / 14"),
+        ("text_config", "max_position_embeddings", 4, "is 4, but a picture alone takes 4"),
     ],
 )
 def test_config_that_cannot_be_run_is_refused_with_the_key_named(folder, section, key, value, expected):
