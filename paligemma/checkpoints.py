@@ -416,7 +416,7 @@ def load_weights(
         if device.type == "cpu" and mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
             tensor = mapped[file].get_tensor(key)
         else:
-            tensor = _read(file, key).to(device=device, dtype=dtype)
+            tensor = _read(file, key).to(dtype).to(device)  # cast here, since not every device knows float8
         _set(model, name, nn.Parameter(tensor, requires_grad=False))
     model.language_model.rotary.to(device)
 
@@ -573,11 +573,23 @@ def official_name(name: str) -> str:
     return name.replace("language_model.", "language_model.model.", 1)
 
 
-def save_checkpoint(model: PaliGemma, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write `config.json`, `tokenizer.json` and `model.safetensors` in the official layout, weights as `dtype`."""
+def save_checkpoint(
+    model: PaliGemma,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    dtype: torch.dtype,
+    in_float8: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Write `config.json`, `tokenizer.json` and `model.safetensors` in the official layout, weights as `dtype`.
+
+    Parameters whose names, as `model` has them, are `in_float8` take one byte a number (E4M3, arXiv 2209.05433).
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    weights = {official_name(name): value.detach().to(dtype) for name, value in model.named_parameters()}
+    weights = {
+        official_name(name): value.detach().to(torch.float8_e4m3fn if in_float8(name) else dtype)
+        for name, value in model.named_parameters()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -522,6 +522,22 @@ def test_saving_casts_the_file_and_leaves_the_model_alone(written, parameters, t
     assert_same(named(paligemma.load(tmp_path, device="cpu")), rounded)
 
 
+def test_some_parameters_can_be_saved_in_float8(written, parameters, tmp_path):
+    vlm = paligemma.load(written, device="cpu")
+    chosen = {name for name in parameters if ".mlp." in name and name.endswith("weight")}
+    save_checkpoint(vlm.model, vlm.processor.tokenizer, tmp_path, torch.bfloat16, chosen.__contains__)
+    rounded = {
+        name: value.to(torch.float8_e4m3fn if name in chosen else torch.bfloat16).float()
+        for name, value in parameters.items()
+    }
+    assert_same(named(paligemma.load(tmp_path, device="cpu", dtype="float32")), rounded)
+    reference, problems = PaliGemmaForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    assert not problems["missing_keys"]
+    assert_same_logits(paligemma.load(tmp_path, device="cpu", dtype="float32"), reference.eval())
+
+
 def test_checkpoint_can_be_saved_over_the_folder_that_it_was_loaded_from(folder, parameters):
     vlm = paligemma.load(folder, device="cpu")
     save_checkpoint(vlm.model, vlm.processor.tokenizer, folder, torch.float32)
