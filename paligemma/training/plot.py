@@ -12,6 +12,7 @@ NO_LOSSES = ("step", "learning_rate", "steps_per_second")
 
 def plot(folder: Path) -> Path:
     """One panel a stage, one curve a loss, in the order in which the stages were trained; returns `losses.svg`."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     logs = sorted(folder.glob("*.csv"), key=lambda path: path.stat().st_mtime)
@@ -22,6 +23,7 @@ def plot(folder: Path) -> Path:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         steps = [int(row["step"]) for row in rows]
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # more than the default ten, and than any stage has losses
         for name in (name for name in rows[0] if name not in NO_LOSSES):
             axes.plot(steps, [float(row[name]) for row in rows], label=name)
         axes.set(title=path.stem, xlabel="step", yscale="log")
