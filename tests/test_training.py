@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFont
+from safetensors.torch import load_file
 
 from paligemma.annotations import find_detections
 from paligemma.mask_decoder import MaskDecoder
@@ -35,10 +36,11 @@ from paligemma.training.losses import (
 )
 from paligemma.training.mask_codec import MaskCodec, fit_mask
 from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, RelationHeads, label_patches
-from paligemma.training.scenes import MAX_OVERLAP, Painter, Scene, SceneObject
-from paligemma.training.start import IMAGE_SIZE, initialise, resize_positions, tiny_config
+from paligemma.training.scenes import MAX_OBJECTS, MAX_OVERLAP, Painter, Scene, SceneObject
+from paligemma.training.start import IMAGE_SIZE, TEXT_LAYERS, deepen, initialise, resize_positions, tiny_config
 from paligemma.training.tasks import (
     caption,
+    caption_with_slip,
     description,
     detect_prompt,
     detections,
@@ -252,6 +254,32 @@ def test_every_answer_is_true(painter):
     }  # fmt: skip
 
 
+def test_what_follows_a_slip_of_a_caption_is_right(painter):
+    rng = np.random.default_rng(0)
+    sorts = set()
+    for _ in range(300):
+        scene = painter.random_scene(rng, 112, int(rng.integers(1, 7)))
+        text, (start, end) = caption_with_slip(rng, scene)
+        said, told = (phrases(text) for text in (text, caption(scene)))
+        place = next(place for place, (one, other) in enumerate(zip(said, told)) if one != other)
+        assert text[start:end] == said[place]
+        assert text[:start] == caption(scene)[:start]
+        if sorted(said) == sorted(told):  # one before its turn; the next is the one that was passed over
+            sorts.add("order")
+            assert said[place : place + 2] == told[place : place + 2][::-1]
+            assert said[place + 2 :] == told[place + 2 :]
+        else:
+            sorts.add("number")
+            assert said[:place] + said[place + 1 :] == told[:place] + told[place + 1 :]
+            assert text[start:end].split()[0] in ("a", "an", *map(str, range(2, MAX_OBJECTS + 1)))
+    assert sorts == {"order", "number"}
+
+
+def phrases(caption: str) -> list[str]:
+    """What a caption names, with articles and numbers."""
+    return caption.rpartition(" on ")[0].replace(" and ", ", ").split(", ")
+
+
 def test_every_word_of_the_tasks_is_one_token_and_painted_words_are_letters():
     tokenizer = build_tokenizer()
     for kind in KINDS:
@@ -280,11 +308,23 @@ def test_labels_are_the_next_tokens_of_the_answer_only(tiny):
     assert rows.input_ids[0, rows.prefix_lengths[0] :].tolist()[: len(answer)] == answer
 
 
+def test_a_slip_is_gone_on_from_and_not_learnt(tiny):
+    text = "2 cats, a hot dog and an owl on a red background"
+    slip = (text.index("a hot"), text.index(" and"))
+    rows = collate(tiny.processor, [0, 0], [("caption en", text)] * 2, [slip, None])
+    assert torch.equal(rows.input_ids[0], rows.input_ids[1])
+    differs = rows.labels[0] != rows.labels[1]
+    tokens = [tiny.processor.tokenizer.id_to_token(token) for token in rows.labels[1, differs].tolist()]
+    assert tokens == ["▁a", "▁hot", "▁dog"]
+    for row in range(2):
+        assert torch.equal(rows.weights[row] > 0, rows.labels[row] != NO_LABEL)
+
+
 def test_half_of_the_codes_that_are_read_are_others_and_none_that_is_written(tiny):
     answer = "<loc0008><loc0016><loc0512><loc1000>" + "".join(f"<seg{code:03d}>" for code in range(16)) + " cat"
     pairs = [("segment cat", answer)] * 40
     true = collate(tiny.processor, [0] * 40, pairs)
-    spoilt = collate(tiny.processor, [0] * 40, pairs, np.random.default_rng(0))
+    spoilt = collate(tiny.processor, [0] * 40, pairs, rng=np.random.default_rng(0))
     assert torch.equal(spoilt.labels, true.labels)
     first = tiny.processor.tokenizer.token_to_id("<seg000>")
     is_code = (true.input_ids >= first) & (true.input_ids < first + 128)
@@ -301,13 +341,24 @@ def test_rows_ask_about_the_first_pictures_only(tiny, painter):
     assert {picture for rows in chunks for picture in rows.pictures.tolist()} == {0, 1}
 
 
+def test_some_captions_of_the_next_pictures_slip(tiny, painter, monkeypatch):
+    monkeypatch.setattr(batches, "SLIPS", 1.0)
+    drawn = SceneBatches(tiny.processor, painter, 4, torch.tensor(2), 0, MaskCodec().eval(), 2, captioned=2)
+    for rows in next(iter(drawn))[2]:
+        for picture, labels, length, prefix in zip(
+            rows.pictures.tolist(), rows.labels, rows.attention_mask.sum(1), rows.prefix_lengths
+        ):
+            assert (labels[prefix - 1 : length] == NO_LABEL).any() == (picture >= 2)
+
+
 def test_the_next_pictures_are_captioned_only(tiny, painter, monkeypatch):
     scenes, draw = [], painter.random_scene
     monkeypatch.setattr(painter, "random_scene", lambda *arguments: scenes.append(draw(*arguments)) or scenes[-1])
-    batches = SceneBatches(tiny.processor, painter, 5, torch.tensor(2), 0, MaskCodec().eval(), 2, captioned=2)
+    monkeypatch.setattr(batches, "SLIPS", 0.0)
+    drawn = SceneBatches(tiny.processor, painter, 5, torch.tensor(2), 0, MaskCodec().eval(), 2, captioned=2)
     tokenizer = tiny.processor.tokenizer
     texts = {}
-    for rows in next(iter(batches))[2]:
+    for rows in next(iter(drawn))[2]:
         for picture, ids in zip(rows.pictures.tolist(), rows.input_ids.tolist()):
             texts.setdefault(picture, []).append(" ".join(tokenizer.decode(ids).split()))
     assert texts.keys() == {0, 1, 2, 3}
@@ -448,8 +499,9 @@ def test_how_objects_relate_is_asked_of_the_first_layers_of_the_voice(tiny, pain
     losses["counts"].backward()
     layers = together.model.language_model.layers
     has_gradient = [layer.self_attn.q_proj.weight.grad is not None for layer in layers]
-    assert has_gradient == [place < train.RELATING_LAYERS for place in range(len(layers))]
-    assert not layers[train.RELATING_LAYERS - 1]._forward_hooks, "nothing is recorded any longer"
+    relating = len(layers) - train.SPEAKING_LAYERS
+    assert has_gradient == [place < relating for place in range(len(layers))]
+    assert not layers[relating - 1]._forward_hooks, "nothing is recorded any longer"
 
 
 def test_each_row_is_asked_how_the_objects_of_its_own_picture_relate(painter):
@@ -524,6 +576,22 @@ def test_positions_interpolate_from_grid_to_grid():
     assert torch.allclose(resize_positions(positions, 16), positions, atol=1e-6)
 
 
+def test_layers_added_to_a_voice_change_nothing_until_they_learn(tiny):
+    torch.manual_seed(0)
+    model = PaliGemma(tiny.config).language_model
+    layers = len(model.layers)
+    text = replace(tiny.config.text, num_hidden_layers=layers + 3)
+    deeper = PaliGemma(replace(tiny.config, text=text)).language_model
+    deeper.load_state_dict(deepen(model.state_dict(), layers, 3))
+    states = torch.randn(2, 5, tiny.config.text.hidden_size)
+    output = deeper(states)
+    torch.testing.assert_close(output, model(states))
+    output.square().sum().backward()
+    for layer in deeper.layers:  # the added ones begin to learn at once, by what they add to the stream
+        assert layer.self_attn.o_proj.weight.grad.abs().sum() > 0
+        assert layer.mlp.down_proj.weight.grad.abs().sum() > 0
+
+
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
     rates = [loop.learning_rate(step, 1000, 1e-3) for step in range(1001)]
     assert rates[0] <= 1e-3 / 50
@@ -550,7 +618,7 @@ def studio(sprites, fonts, tmp_path, monkeypatch):
     torch.manual_seed(0)
     return train.Studio(
         folder=tmp_path,
-        processor=train.tiny_processor(train.FIRST_IMAGE_SIZE),
+        processor=train.tiny_processor(train.FIRST_IMAGE_SIZE, train.FIRST_TEXT_LAYERS),
         painter=Painter(sprites, fonts, kinds=[0, 1, 2]),
         device=torch.device("cpu"),
         gradient_checkpointing=False,
@@ -576,13 +644,16 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     eye = studio.patch_model().vision_tower.state_dict()
     kept = studio.saved("voice")
     assert all(torch.equal(weight, kept[f"model.vision_tower.{name}"]) for name, weight in eye.items()), "the eye stays"
-    for stage in ("together", "finish"):
+    for stage in ("together", "larger", "deeper"):
         train.STAGES[stage](studio)
 
     from paligemma import load
 
     vlm = load(tmp_path)
     assert vlm.config.vision.image_size == IMAGE_SIZE > train.FIRST_IMAGE_SIZE
+    assert vlm.config.text.num_hidden_layers == TEXT_LAYERS > train.FIRST_TEXT_LAYERS
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}
     assert isinstance(vlm.mask_decoder, MaskDecoder)
     assert vlm.generate(Image.new("RGB", (50, 50)), "caption en", max_new_tokens=3) is not None
 

@@ -15,11 +15,12 @@ from .losses import NO_LABEL
 from .mask_codec import MaskCodec, fit_mask
 from .patches import PatchLabels, label_patches
 from .scenes import Painter, Scene
-from .tasks import CAPTION_PROMPT, caption, prompts_and_answers
+from .tasks import CAPTION_PROMPT, Slip, caption, caption_with_slip, prompts_and_answers
 from .tokenizer import SEG_TOKENS
 
 SHORT = 6  # tokens, as one box has
 SPOILT_CODES = 0.5  # of a mask's codes that are read, not of those to be written
+SLIPS = 0.4  # of the captions of further pictures
 ROWS_A_CHUNK = 12
 
 
@@ -43,7 +44,11 @@ class Rows:
 
 
 def collate(
-    processor: Processor, pictures: list[int], pairs: list[tuple[str, str]], rng: np.random.Generator | None = None
+    processor: Processor,
+    pictures: list[int],
+    pairs: list[tuple[str, str]],
+    slips: list[Slip | None] | None = None,
+    rng: np.random.Generator | None = None,
 ) -> Rows:
     """Rows of prompt, answer and `<eos>` for teacher forcing; the prompt and the padding carry no label.
 
@@ -51,12 +56,15 @@ def collate(
     matters, and with one over their number a coordinate would count for nothing beside a `yes`. Of short answers all count
     alike, since else the `<eos>` of an empty one would outweigh the first coordinate of a box, and be said too often.
 
+    What overlaps a slip of an answer carries no label: it is there to be gone on from (DAgger, arXiv 1011.0686).
+
     With `rng`, half of the mask codes that are read are others at random (word dropout, arXiv 1511.06349), so that each
     is learnt from the picture, and not from the ones before it, which will be less right than here.
     """
     config = processor.config
     prefixes = [processor.input_ids(prompt) for prompt, _ in pairs]
-    answers = [processor.tokenizer.encode(answer, add_special_tokens=False).ids for _, answer in pairs]
+    encodings = [processor.tokenizer.encode(answer, add_special_tokens=False) for _, answer in pairs]
+    answers = [encoding.ids for encoding in encodings]
     lengths = [len(prefix) + len(answer) for prefix, answer in zip(prefixes, answers)]
     input_ids = torch.full((len(pairs), max(lengths)), config.pad_token_id)
     labels, weights = torch.full_like(input_ids, NO_LABEL), torch.zeros(input_ids.shape)
@@ -65,6 +73,10 @@ def collate(
         input_ids[row, :length] = torch.tensor(prefix + answer)
         labels[row, len(prefix) - 1 : length] = torch.tensor([*answer, config.eos_token_ids[0]])
         weights[row, len(prefix) - 1 : length] = max(len(answer) + 1, SHORT) ** -0.5
+        if slips is not None and (slip := slips[row]) is not None:
+            spans = enumerate(encodings[row].offsets, len(prefix) - 1)
+            wrong = [place for place, (start, end) in spans if start < slip[1] and end > slip[0]]
+            labels[row, wrong], weights[row, wrong] = NO_LABEL, 0.0
     if rng is not None:
         is_code = (input_ids >= first_code) & (input_ids < first_code + len(SEG_TOKENS))
         is_spoilt = is_code & torch.from_numpy(rng.random(input_ids.shape) < SPOILT_CODES)
@@ -154,13 +166,16 @@ class SceneBatches(PatchBatches):
         while True:
             scenes = self._draw(rng)
             codes = encode_masks(self.codec, scenes[: self.asked_about])
-            asked = [
-                (picture, pair)
+            asked: list[tuple[int, tuple[str, str], Slip | None]] = [
+                (picture, pair, None)
                 for picture, scene in enumerate(scenes[: self.asked_about])
                 for pair in prompts_and_answers(rng, scene, codes[picture], self.painter.kinds)
             ]
             further = range(self.asked_about, self.asked_about + self.captioned)
-            asked += [(picture, (CAPTION_PROMPT, caption(scenes[picture]))) for picture in further]
+            for picture in further:
+                slips = rng.random() < SLIPS
+                text, slip = caption_with_slip(rng, scenes[picture]) if slips else (caption(scenes[picture]), None)
+                asked.append((picture, (CAPTION_PROMPT, text), slip))
             # Rows of like length together, because each is padded to the longest of its chunk.
             asked.sort(key=lambda item: len(self.processor.tokenizer.encode(" ".join(item[1])).ids))
             chunks = [

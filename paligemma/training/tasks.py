@@ -21,6 +21,7 @@ CLEARLY_LARGER = 1.25  # times the area of the second largest box
 CLEARLY_BESIDE = 0.05  # of the picture: less is not asked about
 # Where a neighbour is: the question's words, the axis (0: y, 1: x) and the way along it.
 DIRECTIONS = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}
+Slip = tuple[int, int]  # the first character of what is wrong in a text, and the first after it
 PLACES = (
     ("in the top left corner", "at the top", "in the top right corner"),
     ("on the left", "in the middle", "on the right"),
@@ -30,11 +31,27 @@ PLACES = (
 
 def caption(scene: Scene) -> str:
     """Kinds with their counts, from left to right by first appearance: `2 cats and a guitar on a blue background`."""
-    parts = []
-    for kind in kinds_by_first_appearance(scene):
-        count = scene.count(kind)
-        parts.append(_with_article(KINDS[kind].name) if count == 1 else f"{count} {KINDS[kind].plural}")
+    parts = [_with_number(kind, scene.count(kind)) for kind in kinds_by_first_appearance(scene)]
     return f"{_list(parts)} on {_with_article(scene.background)} background"
+
+
+def caption_with_slip(rng: np.random.Generator, scene: Scene) -> tuple[str, Slip]:
+    """The caption with one kind named before its turn, or in a wrong number, and where in it: what follows is right.
+
+    What comes after a slip is what one would say then: neither what has been named again, nor anything left out.
+    """
+    kinds = kinds_by_first_appearance(scene)
+    place = int(rng.integers(len(kinds)))
+    counts = {kind: scene.count(kind) for kind in kinds}
+    if place + 1 < len(kinds) and rng.random() < 0.5:
+        kinds[place], kinds[place + 1] = kinds[place + 1], kinds[place]
+    else:
+        count = counts[kinds[place]]
+        counts[kinds[place]] += 1 if count == 1 or (count < MAX_OBJECTS and rng.random() < 0.5) else -1
+    parts = [_with_number(kind, counts[kind]) for kind in kinds]
+    text = f"{_list(parts)} on {_with_article(scene.background)} background"
+    start = text.index(parts[place])
+    return text, (start, start + len(parts[place]))
 
 
 def kinds_by_first_appearance(scene: Scene) -> list[int]:
@@ -220,6 +237,10 @@ def _from_left_to_right(scene: Scene) -> list[SceneObject]:
 def _centre(thing: SceneObject) -> np.ndarray:
     """(y, x)."""
     return (np.array(thing.box[:2]) + thing.box[2:]) / 2
+
+
+def _with_number(kind: int, count: int) -> str:
+    return _with_article(KINDS[kind].name) if count == 1 else f"{count} {KINDS[kind].plural}"
 
 
 def _with_article(noun: str) -> str:

@@ -8,7 +8,8 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `patches`: the eye goes on to whole scenes, and says of each patch what it shows.
 - `voice`: the eye stays as it is; projector and voice learn all tasks from its features.
 - `together`: all learn together, the eye slowly, and goes on to name its patches.
-- `finish`: the same, on larger pictures, in which each object fills more patches.
+- `larger`: the same, on larger pictures, in which each object fills more patches.
+- `deeper`: the same, with more layers between what the voice begins and ends with, to relate objects in.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -40,7 +41,7 @@ from .losses import TokenRisk, answer_loss
 from .mask_codec import MaskBatches, MaskCodec, reconstruction_iou
 from .patches import PatchHeads, PatchLabels, PatchModel, RelationHeads
 from .scenes import MAX_OBJECTS, Painter
-from .start import IMAGE_SIZE, initialise, resize_positions, tiny_config
+from .start import IMAGE_SIZE, TEXT_LAYERS, deepen, initialise, resize_positions, tiny_config
 from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, build_tokenizer
 
 SPRITE_SIZE = 128
@@ -49,7 +50,8 @@ PICTURES_A_BATCH = 12  # for the voice, with about five rows each
 FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
 CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
 FIRST_MAX_OBJECTS = 2
-FIRST_IMAGE_SIZE = 112  # pixels, until the last stage: a picture of `IMAGE_SIZE` costs more than twice as much
+FIRST_IMAGE_SIZE = 112  # pixels, in most stages: a picture of `IMAGE_SIZE` costs more than twice as much
+FIRST_TEXT_LAYERS = 4  # of the voice, until the last stage
 STEPS = {
     "contrastive": 700,
     "naming": 1500,
@@ -57,7 +59,8 @@ STEPS = {
     "patches": 5250,
     "voice": 1500,
     "together": 11750,
-    "finish": 2050,
+    "larger": 2050,
+    "deeper": 2050,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -66,13 +69,14 @@ PEAKS = {
     "patches": 8e-4,
     "voice": 1.5e-3,
     "together": 1e-3,
-    "finish": 7.5e-4,
+    "larger": 7.5e-4,
+    "deeper": 8e-4,
 }
 POSITIONS = "embeddings.position_embedding.weight"  # of an eye's state
 JUDGED = 500  # fresh crops that the first two stages are judged by
 EYE_SLOWNESS = 0.4  # the part of the rate at which the eye learns when all do, since it has learnt so much already
 PATCH_WEIGHT = 0.5  # of the patches' losses beside the answers'
-RELATING_LAYERS = 2  # of the decoder: after these, its states at an object's patches tell how it relates to the others
+SPEAKING_LAYERS = 2  # of the decoder: before these, its states at an object's patches tell how it relates to the others
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,10 @@ class Studio:
         return model
 
 
-def tiny_processor(image_size: int) -> Processor:
-    """For the embedded checkpoint, of pictures of so many pixels either way."""
+def tiny_processor(image_size: int, text_layers: int) -> Processor:
+    """For the embedded checkpoint, of pictures of so many pixels either way, and with so deep a voice."""
     tokenizer = build_tokenizer()
-    config = tiny_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN), image_size)
+    config = tiny_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN), image_size, text_layers)
     return Processor(config, tokenizer)
 
 
@@ -246,7 +250,7 @@ class Together(nn.Module):
         self, image_features: Tensor, labels: PatchLabels, chunks: list[Rows], risks: Sequence[TokenRisk]
     ) -> dict[str, Tensor]:
         """The answers' and the relations'; `image_features` are projected, of the first of the pictures of `labels`."""
-        with recorded(self.model.language_model.layers[RELATING_LAYERS - 1]) as outputs:
+        with recorded(self.model.language_model.layers[-1 - SPEAKING_LAYERS]) as outputs:
             answers = rows_loss(self.model, image_features, chunks, risks)
         states = torch.cat([output[:, : image_features.shape[1]] for output in outputs])
         pictures = torch.cat([rows.pictures for rows in chunks])
@@ -282,15 +286,17 @@ def train_together(studio: Studio) -> None:
     _train_all(studio, "together", "voice")
 
 
-def train_finish(studio: Studio) -> None:
-    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE)), "finish", "together")
+def train_larger(studio: Studio) -> None:
+    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE, FIRST_TEXT_LAYERS)), "larger", "together")
+
+
+def train_deeper(studio: Studio) -> None:
+    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE, TEXT_LAYERS)), "deeper", "larger")
 
 
 def _train_all(studio: Studio, stage: str, forerunner: str) -> None:
     together = Together(studio.processor.config)
-    weights, positions = studio.saved(forerunner), f"model.vision_tower.{POSITIONS}"
-    weights[positions] = resize_positions(weights[positions], studio.processor.config.vision.num_patches)
-    together.load_state_dict(weights)
+    together.load_state_dict(_grown(studio.saved(forerunner), studio.processor.config))
     model = together.model
     if studio.gradient_checkpointing:
         checkpoint_gradients(model.vision_tower.encoder["layers"])
@@ -309,9 +315,25 @@ def _train_all(studio: Studio, stage: str, forerunner: str) -> None:
         return {**answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
 
     run.train(losses)
-    save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16)
+    save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16, is_feed_forward_of_voice)
     decoder = studio.codec().mask_decoder.state_dict()
     save_file({name: value.bfloat16() for name, value in decoder.items()}, studio.folder / "mask_decoder.safetensors")
+
+
+def is_feed_forward_of_voice(name: str) -> bool:
+    """Whether a parameter is of those that are saved in float8, so that the file stays below 10 MB."""
+    return name.startswith("language_model.") and ".mlp." in name
+
+
+def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig) -> dict[str, Tensor]:
+    """The state of `Together`, made to fit a config with more patches or more layers of the voice."""
+    positions, voice = f"model.vision_tower.{POSITIONS}", "model.language_model."
+    weights[positions] = resize_positions(weights[positions], config.vision.num_patches)
+    layers = 1 + max(int(name.split(".")[3]) for name in weights if name.startswith(f"{voice}layers."))
+    state = {name.removeprefix(voice): value for name, value in weights.items() if name.startswith(voice)}
+    deeper = deepen(state, layers, config.text.num_hidden_layers - layers)
+    others = {name: value for name, value in weights.items() if not name.startswith(voice)}
+    return others | {f"{voice}{name}": value for name, value in deeper.items()}
 
 
 def _scene_batches(
@@ -338,7 +360,8 @@ STAGES: dict[str, Callable[[Studio], None]] = {
     "patches": train_patches,
     "voice": train_voice,
     "together": train_together,
-    "finish": train_finish,
+    "larger": train_larger,
+    "deeper": train_deeper,
 }
 
 
@@ -360,7 +383,7 @@ def main() -> None:
     styles = [style for style in range(len(STYLES)) if not (arguments.hold_out and style == HELD_OUT_STYLE)]
     studio = Studio(
         folder=arguments.output,
-        processor=tiny_processor(FIRST_IMAGE_SIZE),
+        processor=tiny_processor(FIRST_IMAGE_SIZE, FIRST_TEXT_LAYERS),
         painter=Painter(load_sprites(SPRITE_SIZE)[styles], load_fonts()),
         device=torch.device(arguments.device),
         gradient_checkpointing=arguments.gradient_checkpointing,
