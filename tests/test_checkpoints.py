@@ -490,6 +490,10 @@ print("loaded")
     assert done.stdout.split() == ["loaded"]
 
 
+def test_embedded_checkpoint_can_be_pushed_to_a_space():
+    assert all(file.stat().st_size <= 10_000_000 for file in EMBEDDED_FOLDER.iterdir())
+
+
 def test_embedded_checkpoint_opens_in_transformers_with_the_same_logits():
     reference, problems = PaliGemmaForConditionalGeneration.from_pretrained(
         EMBEDDED_FOLDER, dtype=torch.float32, local_files_only=True, output_loading_info=True

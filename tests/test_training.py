@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import tarfile
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,6 +37,7 @@ from paligemma.training.losses import (
 )
 from paligemma.training.mask_codec import MaskCodec, fit_mask
 from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, RelationHeads, label_patches
+from paligemma.training.plot import plot
 from paligemma.training.scenes import MAX_OBJECTS, MAX_OVERLAP, Painter, Scene, SceneObject
 from paligemma.training.start import IMAGE_SIZE, TEXT_LAYERS, deepen, initialise, resize_positions, tiny_config
 from paligemma.training.tasks import (
@@ -273,6 +275,16 @@ def test_what_follows_a_slip_of_a_caption_is_right(painter):
             assert said[:place] + said[place + 1 :] == told[:place] + told[place + 1 :]
             assert text[start:end].split()[0] in ("a", "an", *map(str, range(2, MAX_OBJECTS + 1)))
     assert sorts == {"order", "number"}
+
+
+def test_a_slip_is_found_where_the_name_before_it_begins_alike():
+    scene = scene_of(("carrot", LEFT), ("car", RIGHT))
+    slips = {caption_with_slip(np.random.default_rng(seed), scene) for seed in range(20)}
+    assert ("a carrot and 2 cars on a white background", (13, 19)) in slips
+    assert ("a car and a carrot on a white background", (0, 5)) in slips
+    scene = scene_of(("carrot", LEFT), ("car", RIGHT), ("car", RIGHT))
+    slips = {caption_with_slip(np.random.default_rng(seed), scene) for seed in range(20)}
+    assert ("a carrot and a car on a white background", (13, 18)) in slips
 
 
 def phrases(caption: str) -> list[str]:
@@ -579,10 +591,9 @@ def test_positions_interpolate_from_grid_to_grid():
 def test_layers_added_to_a_voice_change_nothing_until_they_learn(tiny):
     torch.manual_seed(0)
     model = PaliGemma(tiny.config).language_model
-    layers = len(model.layers)
-    text = replace(tiny.config.text, num_hidden_layers=layers + 3)
-    deeper = PaliGemma(replace(tiny.config, text=text)).language_model
-    deeper.load_state_dict(deepen(model.state_dict(), layers, 3))
+    layers = len(model.layers) + 3
+    deeper = PaliGemma(replace(tiny.config, text=replace(tiny.config.text, num_hidden_layers=layers))).language_model
+    deeper.load_state_dict(deepen(model.state_dict(), layers))
     states = torch.randn(2, 5, tiny.config.text.hidden_size)
     output = deeper(states)
     torch.testing.assert_close(output, model(states))
@@ -590,6 +601,16 @@ def test_layers_added_to_a_voice_change_nothing_until_they_learn(tiny):
     for layer in deeper.layers:  # the added ones begin to learn at once, by what they add to the stream
         assert layer.self_attn.o_proj.weight.grad.abs().sum() > 0
         assert layer.mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+def test_each_loss_is_drawn_in_a_colour_of_its_own(tmp_path):
+    names = [f"loss {number}" for number in range(13)]
+    rows = [",".join(["step", *names]), *(",".join(map(str, [step, *range(1, 14)])) for step in (25, 50))]
+    (tmp_path / "stage.csv").write_text("\n".join(rows))
+    svg = plot(tmp_path).read_text()
+    curves = re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 1.5", svg)  # each in the panel and in its legend
+    assert len(curves) == 26
+    assert len(set(curves)) == 13
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():

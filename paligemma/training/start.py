@@ -100,18 +100,20 @@ def resize_positions(positions: Tensor, patches: int) -> Tensor:
     return grid.flatten(2)[0].T.contiguous()
 
 
-def deepen(state: dict[str, Tensor], layers: int, new_layers: int) -> dict[str, Tensor]:
+def deepen(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """A decoder's state with layers added in its middle that change nothing until they learn.
 
     Each new one begins as the layer beside it, with all that it would add to the residual stream at zero.
 
     Args:
-        state: by name, each as `layers.{index}.…`, of so many `layers`, and whatever else.
-        new_layers: how many to add, up to `layers`.
+        state: by name, that of each layer as `layers.{index}.…`, and whatever else.
+        layers: how many there shall be, from as many as there are to twice that.
     """
-    middle = layers // 2
+    old_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+    new_layers = layers - old_layers
+    middle = old_layers // 2
     first = middle - (new_layers + 1) // 2  # of the layers that are repeated, which lie around the middle
-    sources = [*range(middle), *range(first, first + new_layers), *range(middle, layers)]
+    sources = [*range(middle), *range(first, first + new_layers), *range(middle, old_layers)]
     deeper = {name: value for name, value in state.items() if not name.startswith("layers.")}
     for place, source in enumerate(sources):
         prefix = f"layers.{source}."

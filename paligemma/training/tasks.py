@@ -32,7 +32,7 @@ PLACES = (
 def caption(scene: Scene) -> str:
     """Kinds with their counts, from left to right by first appearance: `2 cats and a guitar on a blue background`."""
     parts = [_with_number(kind, scene.count(kind)) for kind in kinds_by_first_appearance(scene)]
-    return f"{_list(parts)} on {_with_article(scene.background)} background"
+    return _on_background(parts, scene)
 
 
 def caption_with_slip(rng: np.random.Generator, scene: Scene) -> tuple[str, Slip]:
@@ -49,9 +49,9 @@ def caption_with_slip(rng: np.random.Generator, scene: Scene) -> tuple[str, Slip
         count = counts[kinds[place]]
         counts[kinds[place]] += 1 if count == 1 or (count < MAX_OBJECTS and rng.random() < 0.5) else -1
     parts = [_with_number(kind, counts[kind]) for kind in kinds]
-    text = f"{_list(parts)} on {_with_article(scene.background)} background"
-    start = text.index(parts[place])
-    return text, (start, start + len(parts[place]))
+    # Found by a mark, since "a car" is in "a carrot" as well.
+    start = _on_background([*parts[:place], "*", *parts[place + 1 :]], scene).index("*")
+    return _on_background(parts, scene), (start, start + len(parts[place]))
 
 
 def kinds_by_first_appearance(scene: Scene) -> list[int]:
@@ -69,7 +69,7 @@ def description(scene: Scene) -> str:
         phrase = " ".join(filter(None, (size, thing.colour, KINDS[thing.kind].name)))
         row, column = (min(2, int(1.5 * (low + high))) for low, high in ((y_min, y_max), (x_min, x_max)))
         parts.append(f"{_with_article(phrase)} {PLACES[row][column]}")
-    return f"{_list(parts)} on {_with_article(scene.background)} background"
+    return _on_background(parts, scene)
 
 
 def count_prompt(kind: int) -> str:
@@ -237,6 +237,10 @@ def _from_left_to_right(scene: Scene) -> list[SceneObject]:
 def _centre(thing: SceneObject) -> np.ndarray:
     """(y, x)."""
     return (np.array(thing.box[:2]) + thing.box[2:]) / 2
+
+
+def _on_background(parts: list[str], scene: Scene) -> str:
+    return f"{_list(parts)} on {_with_article(scene.background)} background"
 
 
 def _with_number(kind: int, count: int) -> str:

@@ -329,9 +329,8 @@ def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig) -> dict[str, Ten
     """The state of `Together`, made to fit a config with more patches or more layers of the voice."""
     positions, voice = f"model.vision_tower.{POSITIONS}", "model.language_model."
     weights[positions] = resize_positions(weights[positions], config.vision.num_patches)
-    layers = 1 + max(int(name.split(".")[3]) for name in weights if name.startswith(f"{voice}layers."))
     state = {name.removeprefix(voice): value for name, value in weights.items() if name.startswith(voice)}
-    deeper = deepen(state, layers, config.text.num_hidden_layers - layers)
+    deeper = deepen(state, config.text.num_hidden_layers)
     others = {name: value for name, value in weights.items() if not name.startswith(voice)}
     return others | {f"{voice}{name}": value for name, value in deeper.items()}
 
