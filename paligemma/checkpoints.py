@@ -160,10 +160,15 @@ def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
         return torch.float32
     if not int8_is_available():
         return torch.bfloat16
+    return torch.bfloat16 if multiplies_bfloat16(device) and not int8_is_faster() else torch.int8
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply matrices of bfloat16, about twice as fast as of float32."""
+    if device.type != "cpu":
+        return device.type == "cuda"
     capabilities = torch.cpu.get_capabilities()
-    if (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")) and not int8_is_faster():
-        return torch.bfloat16
-    return torch.int8
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 @torch.inference_mode()

@@ -39,7 +39,15 @@ from paligemma.training.mask_codec import MaskCodec, fit_mask
 from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, RelationHeads, label_patches
 from paligemma.training.plot import plot
 from paligemma.training.scenes import MAX_OBJECTS, MAX_OVERLAP, Painter, Scene, SceneObject
-from paligemma.training.start import IMAGE_SIZE, TEXT_LAYERS, deepen, initialise, resize_positions, tiny_config
+from paligemma.training.start import (
+    EYE_LAYERS,
+    IMAGE_SIZE,
+    TEXT_LAYERS,
+    deepen,
+    initialise,
+    resize_positions,
+    tiny_config,
+)
 from paligemma.training.tasks import (
     caption,
     caption_with_slip,
@@ -558,6 +566,23 @@ def test_the_eye_learns_slowly_where_it_is_told_to(tmp_path, monkeypatch):
     assert 0 < moved["eye.bias"] == pytest.approx(0.1 * moved["voice.bias"], rel=1e-2)
 
 
+def test_muon_moves_the_matrices_it_is_given_as_far_in_every_direction(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "WARM_UP_STEPS", 1)
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({"given": torch.nn.Linear(8, 8), "other": torch.nn.Linear(8, 8)})
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    matrices = [module["given"].weight]
+    run = loop.Run("muon", module, tmp_path, steps=1, peak=1e-3, matrices=matrices)
+    strengths = 0.7 ** torch.arange(8)  # of directions, of which the last would wait for the first
+    inputs = torch.randn(64, 8) * strengths
+    run.train(lambda: {"loss": sum(layer(inputs).square().mean() for layer in module.values())})
+    moved = {name: weight - before[name] for name, weight in module.state_dict().items()}
+    given, other = (torch.linalg.svdvals(moved[f"{name}.weight"]) for name in ("given", "other"))
+    assert given[-1] > 0.3 * given[0]
+    assert other[-1] < 0.3 * other[0]
+    assert moved["given.bias"].abs().max() > 0, "what Muon is not given AdamW moves"
+
+
 def test_the_voice_begins_by_looking_from_a_word_at_the_patches_that_show_it():
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -603,6 +628,24 @@ def test_layers_added_to_a_voice_change_nothing_until_they_learn(tiny):
         assert layer.mlp.down_proj.weight.grad.abs().sum() > 0
 
 
+def test_layers_added_to_an_eye_change_nothing_until_they_learn(tiny):
+    torch.manual_seed(0)
+    layers = tiny.config.vision.num_hidden_layers
+    eye = PaliGemma(tiny.config).vision_tower
+    deeper = PaliGemma(
+        replace(tiny.config, vision=replace(tiny.config.vision, num_hidden_layers=layers + 2))
+    ).vision_tower
+    others = {name: value for name, value in eye.state_dict().items() if not name.startswith("encoder.")}
+    deeper.load_state_dict(
+        others | {f"encoder.{name}": value for name, value in deepen(eye.encoder.state_dict(), layers + 2).items()}
+    )
+    pixel_values = torch.randn(1, 3, tiny.config.vision.image_size, tiny.config.vision.image_size)
+    torch.testing.assert_close(deeper(pixel_values), eye(pixel_values))
+    deeper(pixel_values).square().mean().backward()
+    for layer in deeper.encoder["layers"]:
+        assert layer.mlp.fc2.weight.grad.abs().sum() > 0
+
+
 def test_each_loss_is_drawn_in_a_colour_of_its_own(tmp_path):
     names = [f"loss {number}" for number in range(13)]
     rows = [",".join(["step", *names]), *(",".join(map(str, [step, *range(1, 14)])) for step in (25, 50))]
@@ -639,16 +682,18 @@ def studio(sprites, fonts, tmp_path, monkeypatch):
     torch.manual_seed(0)
     return train.Studio(
         folder=tmp_path,
-        processor=train.tiny_processor(train.FIRST_IMAGE_SIZE, train.FIRST_TEXT_LAYERS),
+        processor=train.tiny_processor(),
         painter=Painter(sprites, fonts, kinds=[0, 1, 2]),
         device=torch.device("cpu"),
         gradient_checkpointing=False,
+        compile=False,
         use_clip=True,
         steps=dict.fromkeys(train.STAGES, 3) | {"contrastive": 100},
     )
 
 
 def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_path):
+    (tmp_path / "contrastive.csv").write_text("step,learning_rate,clip\n20,0,9.9\n")  # of a run that saved nothing
     train.STAGES["contrastive"](studio)
     losses = [float(row["clip"]) for row in csv.DictReader((tmp_path / "contrastive.csv").open())]
     assert len(losses) == 5
@@ -667,11 +712,14 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     assert all(torch.equal(weight, kept[f"model.vision_tower.{name}"]) for name, weight in eye.items()), "the eye stays"
     for stage in ("together", "larger", "deeper"):
         train.STAGES[stage](studio)
+    train.STAGES["keener"](replace(studio, steps=studio.steps | {"keener": 20}))
+    train.STAGES["keener"](replace(studio, steps=studio.steps | {"keener": 21}))  # from what Muon has saved as well
 
     from paligemma import load
 
     vlm = load(tmp_path)
     assert vlm.config.vision.image_size == IMAGE_SIZE > train.FIRST_IMAGE_SIZE
+    assert vlm.config.vision.num_hidden_layers == EYE_LAYERS > train.FIRST_EYE_LAYERS
     assert vlm.config.text.num_hidden_layers == TEXT_LAYERS > train.FIRST_TEXT_LAYERS
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
     assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}

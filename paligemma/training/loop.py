@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+from ..checkpoints import multiplies_bfloat16
 
 WARM_UP_STEPS = 100
 WEIGHT_DECAY = 0.05
@@ -24,12 +26,14 @@ LOSS_SMOOTHING = 0.98
 
 
 class Run:
-    """Steps of AdamW that go on from the last save when the same folder is given again.
+    """Steps that go on from the last save when the same folder is given again, of AdamW or, for some matrices, of Muon.
 
     Args:
         name: of the stage, and so of its log `{name}.csv` and its save `{name}.pt`.
         peak: the learning rate after warm-up, from which half a cosine goes down to nothing at the last step.
         slow: a part of `module` that learns at `slowness` times the rate, if any.
+        matrices: of its parameters, those that Muon moves: each step is made orthogonal, so that no direction of a
+            matrix waits for the others (Keller Jordan, 2024), and scaled so that AdamW's rate fits (arXiv 2502.16982).
     """
 
     def __init__(
@@ -41,14 +45,20 @@ class Run:
         peak: float,
         slow: nn.Module | None = None,
         slowness: float = 1.0,
+        matrices: Collection[nn.Parameter] = (),
     ):
         self.name, self.module, self.steps, self.peak = name, module, steps, peak
         self.log_path, self.save_path = folder / f"{name}.csv", folder / f"{name}.pt"
-        self.optimiser = torch.optim.AdamW(_groups(module, slow, slowness), betas=(0.9, 0.98), fused=True)
+        groups, matrix_groups = _groups(module, slow, slowness, matrices)
+        self.optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)]
+        if matrix_groups:
+            self.optimisers.append(torch.optim.Muon(matrix_groups, adjust_lr_fn="match_rms_adamw"))
         self.step = 0
         self.averages: dict[str, float] = {}
         if self.save_path.exists():
             self._resume()
+        else:
+            self.log_path.unlink(missing_ok=True)  # of a run that ended before its first save
         self._last_log = (self.step, time.monotonic())
 
     def train(self, losses: Callable[[], dict[str, Tensor]]) -> None:
@@ -56,7 +66,7 @@ class Run:
         device = next(self.module.parameters()).device
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10)
         while self.step < self.steps:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
                 parts = losses()
             self._update(parts)
             bar.update()
@@ -65,12 +75,14 @@ class Run:
 
     def _update(self, parts: dict[str, Tensor]) -> None:
         rate = learning_rate(self.step, self.steps, self.peak)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * group["factor"]
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate * group["factor"]
+            optimiser.zero_grad(set_to_none=True)
         sum(parts.values()).backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), MAX_GRADIENT_NORM)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.step += 1
         for name, value in zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist()):
             before = self.averages.get(name, value)
@@ -99,7 +111,7 @@ class Run:
     def _save(self) -> None:
         state = {
             "module": self.module.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "step": self.step,
             "averages": self.averages,
         }
@@ -110,7 +122,8 @@ class Run:
     def _resume(self) -> None:
         state = torch.load(self.save_path)
         self.module.load_state_dict(state["module"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
         self.step, self.averages = state["step"], state["averages"]
         # What was logged after the save is about to be done, and logged, again.
         if self.log_path.exists():
@@ -133,16 +146,26 @@ def checkpoint_gradients(layers: nn.ModuleList) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _groups(module: nn.Module, slow: nn.Module | None, slowness: float) -> list[dict]:
-    """Parameters by whether they learn slowly and whether they decay, as matrices do and gains and biases do not."""
-    slow_ones = set(slow.parameters()) if slow is not None else set()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+def _groups(
+    module: nn.Module, slow: nn.Module | None, slowness: float, matrices: Collection[nn.Parameter]
+) -> tuple[list[dict], list[dict]]:
+    """Parameters by whether they learn slowly and whether they decay, as matrices do and gains and biases do not.
+
+    First the groups of all others, then those of `matrices`.
+    """
+    slow_ones, moved_by_muon = set(slow.parameters()) if slow is not None else set(), set(matrices)
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
             factor = slowness if parameter in slow_ones else 1.0
             decay = WEIGHT_DECAY if parameter.ndim >= 2 else 0.0
-            groups.setdefault((factor, decay), []).append(parameter)
-    return [
-        {"params": parameters, "factor": factor, "weight_decay": decay}
-        for (factor, decay), parameters in groups.items()
-    ]
+            groups.setdefault((parameter in moved_by_muon, factor, decay), []).append(parameter)
+    of_adamw, of_muon = (
+        [
+            {"params": parameters, "factor": factor, "weight_decay": decay}
+            for (is_muon, factor, decay), parameters in groups.items()
+            if is_muon == wanted
+        ]
+        for wanted in (False, True)
+    )
+    return of_adamw, of_muon

@@ -60,7 +60,7 @@ class MaskCodec(nn.Module):
         }
 
     def _vectors(self, masks: Tensor) -> Tensor:
-        return self.encoder(2 * masks[:, None] - 1).flatten(2).transpose(1, 2)  # [N, 16, code_width]
+        return self.encoder(2 * masks[:, None] - 1).float().flatten(2).transpose(1, 2)  # [N, 16, code_width]
 
     def _nearest(self, vectors: Tensor) -> Tensor:
         with torch.no_grad():

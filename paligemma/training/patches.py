@@ -32,9 +32,9 @@ NO_COLOUR = len(COLOURS)  # of an object that no colour rules
 LEAST_SHARE = 0.15  # of a patch that an object or letter must cover for the patch to show it
 KIND_WEIGHT = 2.0  # the hardest of the questions, and the one that the others rest on
 LETTER_WEIGHT = 3.0
-BOX_WEIGHT = 8.0  # an error of an eighth of the picture weighs as much as a nat
+BOX_WEIGHT = 16.0  # an error of a sixteenth of the picture weighs as much as a nat
 CHOSEN_WEIGHT = 4.0  # most patches are so clearly not chosen that the mean over all is small
-SHAPE_WEIGHT = 2.0
+SHAPE_WEIGHT = 4.0
 RELATION_WEIGHT = 0.5
 SHAPE_SIDE = 8  # an object's mask is asked for in so many squares, either way
 

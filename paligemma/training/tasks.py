@@ -170,7 +170,7 @@ def prompts_and_answers(
         )
     if scene.word or rng.random() < 0.05:
         pairs.append((OCR_PROMPT, scene.word))
-    if rng.random() < 0.35:
+    if rng.random() < 0.6:
         segmented = _kind_to_ask_about(rng, scene, kinds)
         pairs.append((segment_prompt(segmented), segmentations(scene, segmented, codes)))
     if rng.random() < 0.1:

@@ -10,6 +10,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `together`: all learn together, the eye slowly, and goes on to name its patches.
 - `larger`: the same, on larger pictures, in which each object fills more patches.
 - `deeper`: the same, with more layers between what the voice begins and ends with, to relate objects in.
+- `keener`: the same, with more layers in the eye, and with an optimiser that learns more from each step.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -17,7 +18,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from .losses import TokenRisk, answer_loss
 from .mask_codec import MaskBatches, MaskCodec, reconstruction_iou
 from .patches import PatchHeads, PatchLabels, PatchModel, RelationHeads
 from .scenes import MAX_OBJECTS, Painter
-from .start import IMAGE_SIZE, TEXT_LAYERS, deepen, initialise, resize_positions, tiny_config
+from .start import EYE_LAYERS, IMAGE_SIZE, TEXT_LAYERS, deepen, initialise, resize_positions, tiny_config
 from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, build_tokenizer
 
 SPRITE_SIZE = 128
@@ -51,7 +52,8 @@ FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
 CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
 FIRST_MAX_OBJECTS = 2
 FIRST_IMAGE_SIZE = 112  # pixels, in most stages: a picture of `IMAGE_SIZE` costs more than twice as much
-FIRST_TEXT_LAYERS = 4  # of the voice, until the last stage
+FIRST_EYE_LAYERS = 6  # until the last stage
+FIRST_TEXT_LAYERS = 4  # of the voice, until the last but one
 STEPS = {
     "contrastive": 700,
     "naming": 1500,
@@ -61,6 +63,7 @@ STEPS = {
     "together": 11750,
     "larger": 2050,
     "deeper": 2050,
+    "keener": 1600,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -71,10 +74,12 @@ PEAKS = {
     "together": 1e-3,
     "larger": 7.5e-4,
     "deeper": 8e-4,
+    "keener": 6e-4,
 }
 POSITIONS = "embeddings.position_embedding.weight"  # of an eye's state
 JUDGED = 500  # fresh crops that the first two stages are judged by
 EYE_SLOWNESS = 0.4  # the part of the rate at which the eye learns when all do, since it has learnt so much already
+DEEPER_EYE_SLOWNESS = 0.6  # once it has new layers
 PATCH_WEIGHT = 0.5  # of the patches' losses beside the answers'
 SPEAKING_LAYERS = 2  # of the decoder: before these, its states at an object's patches tell how it relates to the others
 
@@ -88,11 +93,29 @@ class Studio:
     painter: Painter
     device: torch.device
     gradient_checkpointing: bool
+    compile: bool
     use_clip: bool
     steps: dict[str, int]
 
-    def run(self, stage: str, module: nn.Module, slow: nn.Module | None = None, slowness: float = 1.0) -> Run:
-        return Run(stage, module.to(self.device), self.folder, self.steps[stage], PEAKS[stage], slow, slowness)
+    def run(
+        self,
+        stage: str,
+        module: nn.Module,
+        slow: nn.Module | None = None,
+        slowness: float = 1.0,
+        matrices: Collection[nn.Parameter] = (),
+    ) -> Run:
+        module = module.to(self.device)
+        return Run(stage, module, self.folder, self.steps[stage], PEAKS[stage], slow, slowness, matrices)
+
+    def prepare(self, *stacks: nn.ModuleList) -> None:
+        """Stacks of layers for what was asked: to need less memory, or to be faster."""
+        for layers in stacks:
+            if self.gradient_checkpointing:
+                checkpoint_gradients(layers)
+            if self.compile:
+                for layer in layers:
+                    layer.compile(dynamic=True)  # rows differ in length
 
     def saved(self, stage: str) -> dict[str, Tensor]:
         """The state of a finished stage's module."""
@@ -129,10 +152,13 @@ class Studio:
         return model
 
 
-def tiny_processor(image_size: int, text_layers: int) -> Processor:
-    """For the embedded checkpoint, of pictures of so many pixels either way, and with so deep a voice."""
+def tiny_processor(
+    image_size: int = FIRST_IMAGE_SIZE, eye_layers: int = FIRST_EYE_LAYERS, text_layers: int = FIRST_TEXT_LAYERS
+) -> Processor:
+    """For the embedded checkpoint, of pictures of so many pixels either way, and with so deep an eye and a voice."""
     tokenizer = build_tokenizer()
-    config = tiny_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN), image_size, text_layers)
+    image_token_id = tokenizer.token_to_id(IMAGE_TOKEN)
+    config = tiny_config(tokenizer.get_vocab_size(), image_token_id, image_size, eye_layers, text_layers)
     return Processor(config, tokenizer)
 
 
@@ -194,8 +220,7 @@ def train_patches(studio: Studio) -> None:
     model.vision_tower.load_state_dict(weights)
     with torch.no_grad():
         model.heads["shown"].weight[: len(KINDS)] = studio.saved("naming")["kinds.weight"]
-    if studio.gradient_checkpointing:
-        checkpoint_gradients(model.vision_tower.encoder["layers"])
+    studio.prepare(model.vision_tower.encoder["layers"])
     run, max_objects = studio.run(stage, model), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
     batches = in_background(
         PatchBatches(studio.processor, studio.painter, SCENES_A_BATCH, max_objects, studio.seed(stage, run))
@@ -267,8 +292,7 @@ def train_voice(studio: Studio) -> None:
     # While the voice is still random, its gradients would undo what the eye has learnt.
     model.vision_tower.requires_grad_(False)
     together.heads.requires_grad_(False)
-    if studio.gradient_checkpointing:
-        checkpoint_gradients(model.language_model.layers)
+    studio.prepare(model.language_model.layers)
     run, max_objects = studio.run(stage, together), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
     batches, risks = _scene_batches(studio, stage, run, max_objects), studio.risks()
 
@@ -287,21 +311,29 @@ def train_together(studio: Studio) -> None:
 
 
 def train_larger(studio: Studio) -> None:
-    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE, FIRST_TEXT_LAYERS)), "larger", "together")
+    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE)), "larger", "together")
 
 
 def train_deeper(studio: Studio) -> None:
-    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE, TEXT_LAYERS)), "deeper", "larger")
+    processor = tiny_processor(IMAGE_SIZE, text_layers=TEXT_LAYERS)
+    _train_all(replace(studio, processor=processor), "deeper", "larger")
 
 
-def _train_all(studio: Studio, stage: str, forerunner: str) -> None:
+def train_keener(studio: Studio) -> None:
+    processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
+    _train_all(replace(studio, processor=processor), "keener", "deeper", DEEPER_EYE_SLOWNESS, with_muon=True)
+
+
+def _train_all(
+    studio: Studio, stage: str, forerunner: str, eye_slowness: float = EYE_SLOWNESS, with_muon: bool = False
+) -> None:
     together = Together(studio.processor.config)
     together.load_state_dict(_grown(studio.saved(forerunner), studio.processor.config))
     model = together.model
-    if studio.gradient_checkpointing:
-        checkpoint_gradients(model.vision_tower.encoder["layers"])
-        checkpoint_gradients(model.language_model.layers)
-    run = studio.run(stage, together, model.vision_tower, EYE_SLOWNESS)
+    studio.prepare(model.vision_tower.encoder["layers"], model.language_model.layers)
+    # Of the model itself: Muon is for matrices between hidden states, not for what embeds or reads out.
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)] if with_muon else []
+    run = studio.run(stage, together, model.vision_tower, eye_slowness, matrices)
     batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES, CAPTIONED_PICTURES)
     risks = studio.risks()
 
@@ -309,30 +341,35 @@ def _train_all(studio: Studio, stage: str, forerunner: str) -> None:
         pixel_values, labels, chunks = next(batches)
         labels, chunks = move(labels, studio.device), [move(rows, studio.device) for rows in chunks]
         features = model.vision_tower(pixel_values.to(studio.device))
-        patches = together.heads.losses(features, labels)
+        with torch.autocast(studio.device.type, enabled=False):  # a box's side is told to less than bfloat16's steps
+            patches = together.heads.losses(features.float(), labels)
         projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + CAPTIONED_PICTURES])
         answers = together.answer_losses(projected, labels, chunks, risks)
         return {**answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
 
     run.train(losses)
-    save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16, is_feed_forward_of_voice)
+    save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16, is_feed_forward)
     decoder = studio.codec().mask_decoder.state_dict()
     save_file({name: value.bfloat16() for name, value in decoder.items()}, studio.folder / "mask_decoder.safetensors")
 
 
-def is_feed_forward_of_voice(name: str) -> bool:
-    """Whether a parameter is of those that are saved in float8, so that the file stays below 10 MB."""
-    return name.startswith("language_model.") and ".mlp." in name
+def is_feed_forward(name: str) -> bool:
+    """Whether a parameter is a matrix of those that are saved in float8, so that the file stays below 10 MB."""
+    return ".mlp." in name and name.endswith(".weight")
 
 
 def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig) -> dict[str, Tensor]:
-    """The state of `Together`, made to fit a config with more patches or more layers of the voice."""
-    positions, voice = f"model.vision_tower.{POSITIONS}", "model.language_model."
+    """The state of `Together`, made to fit a config with more patches, or more layers of the eye or the voice."""
+    positions = f"model.vision_tower.{POSITIONS}"
     weights[positions] = resize_positions(weights[positions], config.vision.num_patches)
-    state = {name.removeprefix(voice): value for name, value in weights.items() if name.startswith(voice)}
-    deeper = deepen(state, config.text.num_hidden_layers)
-    others = {name: value for name, value in weights.items() if not name.startswith(voice)}
-    return others | {f"{voice}{name}": value for name, value in deeper.items()}
+    for prefix, layers in (
+        ("model.vision_tower.encoder.", config.vision.num_hidden_layers),
+        ("model.language_model.", config.text.num_hidden_layers),
+    ):
+        state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        weights |= {f"{prefix}{name}": value for name, value in deepen(state, layers).items()}
+    return weights
 
 
 def _scene_batches(
@@ -361,6 +398,7 @@ STAGES: dict[str, Callable[[Studio], None]] = {
     "together": train_together,
     "larger": train_larger,
     "deeper": train_deeper,
+    "keener": train_keener,
 }
 
 
@@ -373,6 +411,7 @@ def main() -> None:
     parser.add_argument("--clip", action="store_true", help="CLIP's loss in the contrastive stage, for comparison")
     parser.add_argument("--hold-out", action="store_true", help="leave one style out, to judge the recipe by it")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="a third more work for less memory")
+    parser.add_argument("--compile", action="store_true", help="faster after a minute; needs a C++ compiler")
     arguments = parser.parse_args()
     if arguments.steps and not arguments.stage:
         parser.error("--steps needs --stage")
@@ -382,10 +421,11 @@ def main() -> None:
     styles = [style for style in range(len(STYLES)) if not (arguments.hold_out and style == HELD_OUT_STYLE)]
     studio = Studio(
         folder=arguments.output,
-        processor=tiny_processor(FIRST_IMAGE_SIZE, FIRST_TEXT_LAYERS),
+        processor=tiny_processor(),
         painter=Painter(load_sprites(SPRITE_SIZE)[styles], load_fonts()),
         device=torch.device(arguments.device),
         gradient_checkpointing=arguments.gradient_checkpointing,
+        compile=arguments.compile,
         use_clip=arguments.clip,
         steps=STEPS | ({arguments.stage: arguments.steps} if arguments.steps else {}),
     )
