@@ -566,6 +566,17 @@ def test_the_eye_learns_slowly_where_it_is_told_to(tmp_path, monkeypatch):
     assert 0 < moved["eye.bias"] == pytest.approx(0.1 * moved["voice.bias"], rel=1e-2)
 
 
+def test_what_is_asked_of_patches_is_finer_than_mixed_precision(painter):
+    torch.manual_seed(0)
+    heads = PatchHeads(16)
+    labels = label_patches([painter.random_scene(np.random.default_rng(0), 112, 2)], 8)
+    features = torch.randn(1, 64, 16)
+    expected = heads.losses(features, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = heads.losses(features, labels)
+    assert all(torch.equal(loss, expected[name]) for name, loss in losses.items())
+
+
 def test_muon_moves_the_matrices_it_is_given_as_far_in_every_direction(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "WARM_UP_STEPS", 1)
     torch.manual_seed(0)

@@ -149,6 +149,11 @@ class PatchHeads(nn.ModuleDict):
 
     def losses(self, features: Tensor, labels: PatchLabels) -> dict[str, Tensor]:
         """From the eye's features, float [P, patches, width]."""
+        # In float32, also where all else is mixed: what is asked of a box's side is finer than the steps of bfloat16.
+        with torch.autocast(features.device.type, enabled=False):
+            return self._losses(features.float(), labels)
+
+    def _losses(self, features: Tensor, labels: PatchLabels) -> dict[str, Tensor]:
         is_object, is_ground = labels.shown < FIRST_LETTER, labels.shown >= FIRST_COLOUR
         is_letter = ~is_object & ~is_ground
         is_placed = labels.across != NO_LABEL

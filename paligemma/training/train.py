@@ -109,7 +109,7 @@ class Studio:
         return Run(stage, module, self.folder, self.steps[stage], PEAKS[stage], slow, slowness, matrices)
 
     def prepare(self, *stacks: nn.ModuleList) -> None:
-        """Stacks of layers for what was asked: to need less memory, or to be faster."""
+        """Let the layers of these stacks need less memory, or less time, as it was asked for."""
         for layers in stacks:
             if self.gradient_checkpointing:
                 checkpoint_gradients(layers)
@@ -341,8 +341,7 @@ def _train_all(
         pixel_values, labels, chunks = next(batches)
         labels, chunks = move(labels, studio.device), [move(rows, studio.device) for rows in chunks]
         features = model.vision_tower(pixel_values.to(studio.device))
-        with torch.autocast(studio.device.type, enabled=False):  # a box's side is told to less than bfloat16's steps
-            patches = together.heads.losses(features.float(), labels)
+        patches = together.heads.losses(features, labels)
         projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + CAPTIONED_PICTURES])
         answers = together.answer_losses(projected, labels, chunks, risks)
         return {**answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
