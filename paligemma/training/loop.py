@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -49,10 +49,14 @@ class Run:
     ):
         self.name, self.module, self.steps, self.peak = name, module, steps, peak
         self.log_path, self.save_path = folder / f"{name}.csv", folder / f"{name}.pt"
-        groups, matrix_groups = _groups(module, slow, slowness, matrices)
-        self.optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)]
-        if matrix_groups:
-            self.optimisers.append(torch.optim.Muon(matrix_groups, adjust_lr_fn="match_rms_adamw"))
+        slow_ones, of_muon = set(slow.parameters()) if slow is not None else set(), set(matrices)
+        others = [parameter for parameter in module.parameters() if parameter not in of_muon]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(_groups(others, slow_ones, slowness), betas=(0.9, 0.98), fused=True)
+        ]
+        if matrices:
+            groups = _groups(matrices, slow_ones, slowness)
+            self.optimisers.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
         self.step = 0
         self.averages: dict[str, float] = {}
         if self.save_path.exists():
@@ -146,26 +150,15 @@ def checkpoint_gradients(layers: nn.ModuleList) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _groups(
-    module: nn.Module, slow: nn.Module | None, slowness: float, matrices: Collection[nn.Parameter]
-) -> tuple[list[dict], list[dict]]:
-    """Parameters by whether they learn slowly and whether they decay, as matrices do and gains and biases do not.
-
-    First the groups of all others, then those of `matrices`.
-    """
-    slow_ones, moved_by_muon = set(slow.parameters()) if slow is not None else set(), set(matrices)
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
+def _groups(parameters: Iterable[nn.Parameter], slow_ones: set[nn.Parameter], slowness: float) -> list[dict]:
+    """Parameters by whether they learn slowly and whether they decay, as matrices do and gains and biases do not."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
         if parameter.requires_grad:
             factor = slowness if parameter in slow_ones else 1.0
             decay = WEIGHT_DECAY if parameter.ndim >= 2 else 0.0
-            groups.setdefault((parameter in moved_by_muon, factor, decay), []).append(parameter)
-    of_adamw, of_muon = (
-        [
-            {"params": parameters, "factor": factor, "weight_decay": decay}
-            for (is_muon, factor, decay), parameters in groups.items()
-            if is_muon == wanted
-        ]
-        for wanted in (False, True)
-    )
-    return of_adamw, of_muon
+            groups.setdefault((factor, decay), []).append(parameter)
+    return [
+        {"params": parameters, "factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]
