@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from ..mask_decoder import MASK_SIDE, MaskDecoder, ResidualBlock
+from ..mask_decoder import MASK_SIDE, MaskDecoder
 from .scenes import Painter
 
 CODES = 128
@@ -28,12 +28,16 @@ class MaskCodec(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers: list[nn.Module] = []
-        incoming = 1
-        for outgoing in (WIDTH // 4, WIDTH // 2, WIDTH, WIDTH):
-            layers += [nn.Conv2d(incoming, outgoing, 4, stride=2, padding=1), nn.ReLU()]
-            incoming = outgoing
-        self.encoder = nn.Sequential(*layers, ResidualBlock(WIDTH), nn.Conv2d(WIDTH, CODE_WIDTH, 1))
+        # Each cell by itself: what a code depends on can be seen in one place of the picture.
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, WIDTH, 4, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(WIDTH, WIDTH, 2, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(WIDTH, 2 * WIDTH, 2, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(2 * WIDTH, CODE_WIDTH, 1),
+        )
         self.mask_decoder = MaskDecoder(CODES, CODE_WIDTH, WIDTH)
         self.register_buffer("unused_for", torch.zeros(CODES, dtype=torch.int64))
 
