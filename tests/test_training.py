@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageFont
 from safetensors.torch import load_file
 
+from paligemma import gemma, siglip
 from paligemma.annotations import find_detections
 from paligemma.mask_decoder import MaskDecoder
 from paligemma.model import PaliGemma
-from paligemma.training import artwork, batches, contrastive, evaluate, loop, mask_codec, naming, train
+from paligemma.training import artwork, batches, contrastive, evaluate, looking, loop, mask_codec, naming, train
 from paligemma.training.artwork import KINDS, STYLES, Sprites, load_folder, load_sheet, load_sprites, pack_sheet
 from paligemma.training.augmentation import restyle
 from paligemma.training.batches import SceneBatches, collate, encode_masks
 from paligemma.training.colours import COLOURS, random_colour, ruling_colour
+from paligemma.training.looking import find_looks
 from paligemma.training.losses import (
     CODE_COST,
     COORDINATE_COST,
@@ -58,6 +60,7 @@ from paligemma.training.tasks import (
     largest,
     neighbour,
     prompts_and_answers,
+    segmentations,
 )
 from paligemma.training.tokenizer import IMAGE_TOKEN, build_tokenizer
 
@@ -386,6 +389,80 @@ def test_the_next_pictures_are_captioned_only(tiny, painter, monkeypatch):
         assert texts[picture] == [f"caption en {caption(scenes[picture])}"]
 
 
+def test_where_to_look_is_shown_for_each_coordinate_and_code(tiny):
+    owners = np.zeros((112, 112), np.uint8)
+    owners[:28, :28], owners[56:, 56:] = 1, 2
+    boxes = [(0.0, 0.0, 0.25, 0.25), (0.5, 0.5, 1.0, 1.0)]
+    cats = tuple(SceneObject(index("cat"), box, None, owner) for owner, box in enumerate(boxes, 1))
+    scene = replace(scene_of(), objects=cats, owners=owners)
+    codes = {owner: list(range(16)) for owner in (1, 2)}
+    segmented, ends = segmentations(scene, index("cat"), codes), label_patches([scene], 8).ends
+    rows = collate(tiny.processor, [0, 0], [("caption en", caption(scene)), ("segment cat", segmented)])
+    looks = find_looks(tiny.processor.tokenizer, [scene], ends, rows.pictures, rows.labels)
+    tokens = map(tiny.processor.tokenizer.id_to_token, rows.labels[looks.rows, looks.positions].tolist())
+    assert "".join(tokens) == segmented.replace(" cat", "").replace(" ; ", "")
+    assert looks.rows.unique().tolist() == [1]
+    assert looks.heads.tolist() == 2 * (4 * [looking.END_HEAD] + 16 * [looking.CELL_HEAD])
+    assert looks.patches.sum(1).tolist() == pytest.approx(40 * [1])
+    top_of_the_second = looks.patches[20].nonzero().flatten().tolist()
+    assert top_of_the_second == [8 * 4 + 4, 8 * 4 + 5, 8 * 4 + 6, 8 * 4 + 7]
+    assert looks.patches[24:].argmax(1).tolist() == [8 * (4 + code // 4) + 4 + code % 4 for code in range(16)]
+
+
+def test_between_patches_attention_is_shared():
+    assert torch.equal(looking.spread_over_cells((0, 0, 1, 1), 4), torch.eye(16))
+    between = looking.spread_over_cells((0.125, 0.0, 1.0, 1.0), 4)[0]  # its middle is a quarter further down
+    assert between.nonzero().flatten().tolist() == [0, 4]
+    assert between[[0, 4]].tolist() == pytest.approx([1 - 0.4375, 0.4375])
+
+
+def test_attention_is_off_by_a_divergence():
+    wanted = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    there = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log().clamp(min=-100)
+    assert looking.attention_loss(there, wanted).item() == pytest.approx(0, abs=1e-6)
+    elsewhere = torch.tensor([[0.25, 0.25, 0.5]]).log()
+    assert looking.attention_loss(elsewhere, wanted[:1]).item() == pytest.approx(math.log(2))
+
+
+def test_what_is_shown_is_where_eye_and_voice_look(tiny, painter, monkeypatch):
+    """The losses are of the very attention that the layers compute."""
+    torch.manual_seed(0)
+    scenes = SceneBatches(tiny.processor, painter, 2, torch.tensor(2), 0, MaskCodec().eval(), asked_about=2)
+    pixel_values, labels, chunks = next(iter(scenes))
+    together, attention = train.Together(tiny.config), []
+
+    def attend(queries, keys, values, attn_mask=None):
+        logits = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+        if attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, float("-inf"))
+        attention.append(logits.softmax(-1))
+        return attention[-1] @ values
+
+    for room in (siglip, gemma):
+        monkeypatch.setattr(room.F, "scaled_dot_product_attention", attend)
+    eye = together.model.vision_tower.encoder["layers"]
+    with train.recorded(eye[-2]) as outputs:
+        features = together.model.image_features(pixel_values)
+    chances = attention[-1]  # [P, heads, patches, patches]
+    pictures, patches = (labels.owners >= 0).nonzero(as_tuple=True)
+    wanted = looking.spread_evenly(labels.ends[pictures, labels.owners[pictures, patches]])
+    expected = looking.attention_loss(chances[pictures, :, patches].log(), wanted)
+    torch.testing.assert_close(looking.eye_loss(eye[-1], outputs[0], labels), expected)
+
+    attention.clear()
+    losses = together.answer_losses(features, labels, chunks, [], shows_looks=True)
+    layers = len(together.model.language_model.layers)
+    total, looks = 0.0, 0
+    for number, rows in enumerate(chunks):
+        chances = attention[number * layers + layers - train.SPEAKING_LAYERS]  # [R, kv_heads, T * group, T]
+        chances = chances.unflatten(2, (-1, tiny.config.text.num_attention_heads // chances.shape[1]))
+        chances = chances.transpose(2, 3).flatten(1, 2)[rows.looks.rows, rows.looks.heads, rows.looks.positions]
+        total = total + len(chances) * looking.attention_loss(chances.log(), rows.looks.patches)
+        looks += len(chances)
+    assert looks > 20
+    torch.testing.assert_close(losses["voice_looks"], train.VOICE_LOOK_WEIGHT * total / looks)
+
+
 def test_a_code_costs_as_much_as_its_vector_lies_away(tiny):
     codebook = torch.tensor([[0.0], [1.0], [5.0]])
     risk = TokenRisk.of_codes(10, codebook)
@@ -433,9 +510,16 @@ def test_patches_are_labelled_with_what_lies_on_them():
     first, last = 1, 63
     assert labels.boxes[0, last].tolist() == [0.5, 0.75, 1.0, 1.0]
     assert labels.colours[0, first] == COLOURS.index("gray")
-    of_the_cat = labels.shapes[0, first].view(8, 8)
-    assert of_the_cat[:3, :3].max() < 0.1
-    assert min(of_the_cat[5:].min(), of_the_cat[:, 5:].min()) > 0.9
+    of_the_cat, of_the_dog = labels.shapes[0, 8].view(8, 8), labels.shapes[0, 8 * 4 + 6].view(8, 8)
+    assert of_the_cat.min() > 0.99, "a window as large as a patch"
+    assert of_the_dog[:2].max() < 0.01, "a window of twice the height: above the dog is nothing"
+    assert of_the_dog[2:].min() > 0.99
+    assert labels.owners[0, [0, 1, last]].tolist() == [NO_LABEL, 0, 1]
+    ends = labels.ends[0, 0].view(4, 8, 8)
+    assert [side.nonzero().tolist() for side in ends] == [[[0, 1]], [[1, 0]], [[1, 0], [1, 1]], [[0, 1], [1, 1]]]
+    assert not labels.ends[0, 2:].any(), "there is no third object"
+    assert labels.parts[0, first].tolist() == [0, 0.125, 0.125, 0.25]
+    assert not labels.parts[0, 8 * 2 + 5].any(), "a letter"
     assert [labels.across[0, place].item() for place in (first, last, 8 * 2 + 5)] == [0, 1, 0]
     assert labels.counts[0, last] == 0, "no other dog"
     assert labels.down[0, 30] == NO_LABEL, "the background has no place"
@@ -467,9 +551,10 @@ def test_an_object_that_hardly_touches_a_patch_is_not_shown_by_it():
     owners = np.zeros((112, 112), np.uint8)
     owners[:14, :15] = 1
     scene = replace(scene_of(), objects=(SceneObject(0, (0, 0, 0.125, 15 / 112), None, 1),), owners=owners)
-    shown = label_patches([scene], 8).shown[0]
-    assert shown[0] == 0
-    assert shown[1] >= FIRST_COLOUR
+    labels = label_patches([scene], 8)
+    assert labels.shown[0, 0] == 0
+    assert labels.shown[0, 1] >= FIRST_COLOUR
+    assert labels.parts[0, 1].tolist() == pytest.approx([0, 14 / 112, 14 / 112, 15 / 112]), "but where it ends is told"
 
 
 def test_siglip_loss_is_the_papers_in_chunks_of_any_size():
@@ -556,14 +641,25 @@ def test_a_codec_learns_to_give_masks_back(painter, tmp_path):
     assert (decoded == masks.bool()).float().mean() > 0.9
 
 
-def test_the_eye_learns_slowly_where_it_is_told_to(tmp_path, monkeypatch):
+def test_a_code_tells_of_its_own_cell_only():
+    torch.manual_seed(0)
+    codec, masks = MaskCodec().eval(), (torch.rand(1, 64, 64) > 0.5).float()
+    changed = masks.clone()
+    changed[:, 16:32, 48:] = 1 - changed[:, 16:32, 48:]
+    vectors, others = codec.encoder(masks[:, None]), codec.encoder(changed[:, None])
+    assert (vectors != others).any(1)[0].nonzero().tolist() == [[1, 3]]
+
+
+def test_parts_learn_at_the_rates_they_are_told_to(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "WARM_UP_STEPS", 1)
-    module = torch.nn.ModuleDict({"eye": torch.nn.Linear(4, 4), "voice": torch.nn.Linear(4, 4)})
+    eye = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    module = torch.nn.ModuleDict({"eye": eye, "voice": torch.nn.Linear(4, 4)})
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
-    run = loop.Run("slow", module, tmp_path, steps=1, peak=1e-3, slow=module["eye"], slowness=0.1)
-    run.train(lambda: {"loss": module["voice"](module["eye"](torch.ones(1, 4))).square().sum()})
+    run = loop.Run("slow", module, tmp_path, steps=1, peak=1e-3, factors={eye: 0.1, eye[1]: 2.0})
+    run.train(lambda: {"loss": module["voice"](eye(torch.ones(1, 4))).square().sum()})
     moved = {name: (weight - before[name]).abs().max().item() for name, weight in module.state_dict().items()}
-    assert 0 < moved["eye.bias"] == pytest.approx(0.1 * moved["voice.bias"], rel=1e-2)
+    assert 0 < moved["eye.0.bias"] == pytest.approx(0.1 * moved["voice.bias"], rel=1e-2)
+    assert moved["eye.1.bias"] == pytest.approx(2 * moved["voice.bias"], rel=1e-2)
 
 
 def test_what_is_asked_of_patches_is_finer_than_mixed_precision(painter):
@@ -639,7 +735,8 @@ def test_layers_added_to_a_voice_change_nothing_until_they_learn(tiny):
         assert layer.mlp.down_proj.weight.grad.abs().sum() > 0
 
 
-def test_layers_added_to_an_eye_change_nothing_until_they_learn(tiny):
+@pytest.mark.parametrize("at_end", [False, True])
+def test_layers_added_to_an_eye_change_nothing_until_they_learn(tiny, at_end):
     torch.manual_seed(0)
     layers = tiny.config.vision.num_hidden_layers
     eye = PaliGemma(tiny.config).vision_tower
@@ -647,9 +744,10 @@ def test_layers_added_to_an_eye_change_nothing_until_they_learn(tiny):
         replace(tiny.config, vision=replace(tiny.config.vision, num_hidden_layers=layers + 2))
     ).vision_tower
     others = {name: value for name, value in eye.state_dict().items() if not name.startswith("encoder.")}
-    deeper.load_state_dict(
-        others | {f"encoder.{name}": value for name, value in deepen(eye.encoder.state_dict(), layers + 2).items()}
-    )
+    grown = deepen(eye.encoder.state_dict(), layers + 2, at_end)
+    deeper.load_state_dict(others | {f"encoder.{name}": value for name, value in grown.items()})
+    added = range(layers, layers + 2) if at_end else range(layers // 2, layers // 2 + 2)
+    assert [place for place in range(layers + 2) if not grown[f"layers.{place}.mlp.fc2.weight"].any()] == [*added]
     pixel_values = torch.randn(1, 3, tiny.config.vision.image_size, tiny.config.vision.image_size)
     torch.testing.assert_close(deeper(pixel_values), eye(pixel_values))
     deeper(pixel_values).square().mean().backward()
@@ -658,13 +756,13 @@ def test_layers_added_to_an_eye_change_nothing_until_they_learn(tiny):
 
 
 def test_each_loss_is_drawn_in_a_colour_of_its_own(tmp_path):
-    names = [f"loss {number}" for number in range(13)]
-    rows = [",".join(["step", *names]), *(",".join(map(str, [step, *range(1, 14)])) for step in (25, 50))]
+    names = [f"loss {number}" for number in range(16)]
+    rows = [",".join(["step", *names]), *(",".join(map(str, [step, *range(1, 17)])) for step in (25, 50))]
     (tmp_path / "stage.csv").write_text("\n".join(rows))
     svg = plot(tmp_path).read_text()
     curves = re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 1.5", svg)  # each in the panel and in its legend
-    assert len(curves) == 26
-    assert len(set(curves)) == 13
+    assert len(curves) == 32
+    assert len(set(curves)) == 16
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
@@ -721,16 +819,16 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     eye = studio.patch_model().vision_tower.state_dict()
     kept = studio.saved("voice")
     assert all(torch.equal(weight, kept[f"model.vision_tower.{name}"]) for name, weight in eye.items()), "the eye stays"
-    for stage in ("together", "larger", "deeper"):
+    for stage in ("together", "larger", "deeper", "keener"):
         train.STAGES[stage](studio)
-    train.STAGES["keener"](replace(studio, steps=studio.steps | {"keener": 20}))
-    train.STAGES["keener"](replace(studio, steps=studio.steps | {"keener": 21}))  # from what Muon has saved as well
+    train.STAGES["pointed"](replace(studio, steps=studio.steps | {"pointed": 20}))
+    train.STAGES["pointed"](replace(studio, steps=studio.steps | {"pointed": 21}))  # from what Muon has saved as well
 
     from paligemma import load
 
     vlm = load(tmp_path)
     assert vlm.config.vision.image_size == IMAGE_SIZE > train.FIRST_IMAGE_SIZE
-    assert vlm.config.vision.num_hidden_layers == EYE_LAYERS > train.FIRST_EYE_LAYERS
+    assert vlm.config.vision.num_hidden_layers == EYE_LAYERS > train.KEENER_EYE_LAYERS > train.FIRST_EYE_LAYERS
     assert vlm.config.text.num_hidden_layers == TEXT_LAYERS > train.FIRST_TEXT_LAYERS
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
     assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..processor import Processor
+from .looking import Looks, find_looks
 from .losses import NO_LABEL
 from .mask_codec import MaskCodec, fit_mask
 from .patches import PatchLabels, label_patches
@@ -32,6 +33,7 @@ class Rows:
     input_ids: int64 [R, T], right-padded. labels: int64 [R, T], the next token or `NO_LABEL`.
     weights: float32 [R, T], how much each label counts. prefix_lengths: int64 [R]. attention_mask: bool [R, T].
     first: no label is before this position.
+    looks: where to look for coordinates and codes, if that is shown.
     """
 
     pictures: Tensor
@@ -41,6 +43,7 @@ class Rows:
     prefix_lengths: Tensor
     attention_mask: Tensor
     first: int
+    looks: Looks | None = None
 
 
 def collate(
@@ -182,7 +185,12 @@ class SceneBatches(PatchBatches):
                 collate(self.processor, *map(list, zip(*asked[start : start + ROWS_A_CHUNK])), rng)
                 for start in range(0, len(asked), ROWS_A_CHUNK)
             ]
-            yield *self._pixels_and_labels(scenes), chunks
+            pixel_values, labels = self._pixels_and_labels(scenes)
+            yield pixel_values, labels, [self._show(rows, scenes, labels) for rows in chunks]
+
+    def _show(self, rows: Rows, scenes: list[Scene], labels: PatchLabels) -> Rows:
+        looks = find_looks(self.processor.tokenizer, scenes, labels.ends, rows.pictures, rows.labels)
+        return replace(rows, looks=looks)
 
 
 @torch.inference_mode()
@@ -198,7 +206,11 @@ def in_background(batches: IterableDataset) -> Iterator:
     return iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
 
 
-def move(batch: PatchLabels | Rows, device: torch.device) -> PatchLabels | Rows:
+def move(batch: PatchLabels | Rows | Looks, device: torch.device) -> PatchLabels | Rows | Looks:
     """All tensors of a batch to a device."""
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+    tensors = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else move(value, device)
+        for name, value in vars(batch).items()
+        if isinstance(value, (Tensor, Looks))
+    }
+    return replace(batch, **tensors)

@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Run:
     Args:
         name: of the stage, and so of its log `{name}.csv` and its save `{name}.pt`.
         peak: the learning rate after warm-up, from which half a cosine goes down to nothing at the last step.
-        slow: a part of `module` that learns at `slowness` times the rate, if any.
+        factors: parts of `module` that learn at another rate, as times the rate; of a part in a part, the later counts.
         matrices: of its parameters, those that Muon moves: each step is made orthogonal, so that no direction of a
             matrix waits for the others (Keller Jordan, 2024), and scaled so that AdamW's rate fits (arXiv 2502.16982).
     """
@@ -43,19 +43,21 @@ class Run:
         folder: Path,
         steps: int,
         peak: float,
-        slow: nn.Module | None = None,
-        slowness: float = 1.0,
+        factors: Mapping[nn.Module, float] | None = None,
         matrices: Collection[nn.Parameter] = (),
     ):
         self.name, self.module, self.steps, self.peak = name, module, steps, peak
         self.log_path, self.save_path = folder / f"{name}.csv", folder / f"{name}.pt"
-        slow_ones, of_muon = set(slow.parameters()) if slow is not None else set(), set(matrices)
+        of_muon = set(matrices)
+        by_parameter = {
+            parameter: factor for part, factor in (factors or {}).items() for parameter in part.parameters()
+        }
         others = [parameter for parameter in module.parameters() if parameter not in of_muon]
         self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(_groups(others, slow_ones, slowness), betas=(0.9, 0.98), fused=True)
+            torch.optim.AdamW(_groups(others, by_parameter), betas=(0.9, 0.98), fused=True)
         ]
         if matrices:
-            groups = _groups(matrices, slow_ones, slowness)
+            groups = _groups(matrices, by_parameter)
             self.optimisers.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
         self.step = 0
         self.averages: dict[str, float] = {}
@@ -150,12 +152,12 @@ def checkpoint_gradients(layers: nn.ModuleList) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _groups(parameters: Iterable[nn.Parameter], slow_ones: set[nn.Parameter], slowness: float) -> list[dict]:
-    """Parameters by whether they learn slowly and whether they decay, as matrices do and gains and biases do not."""
+def _groups(parameters: Iterable[nn.Parameter], factors: Mapping[nn.Parameter, float]) -> list[dict]:
+    """Parameters by how fast they learn and by whether they decay, as matrices do and gains and biases do not."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
-            factor = slowness if parameter in slow_ones else 1.0
+            factor = factors.get(parameter, 1.0)
             decay = WEIGHT_DECAY if parameter.ndim >= 2 else 0.0
             groups.setdefault((factor, decay), []).append(parameter)
     return [

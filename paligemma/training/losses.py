@@ -80,6 +80,18 @@ class TokenRisk:
         return risks * ((tokens >= 0) & (tokens <= last))
 
 
+def attention_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """How far attention is from where it should be: the mean of the Kullback-Leibler divergences, in nats.
+
+    Args:
+        logits: float32 [..., S], before the softmax.
+        wanted: float32 [..., patches], which are the first of the S places; with a sum of one.
+    """
+    given = logits.log_softmax(-1)[..., : wanted.shape[-1]]
+    divergences = (torch.special.xlogy(wanted, wanted) - wanted * given).sum(-1)
+    return divergences.sum() / max(1, divergences.numel())
+
+
 def siglip_loss(pictures: Tensor, texts: Tensor, temperature: Tensor, bias: Tensor, chunk_size: int = 256) -> Tensor:
     """Every picture with every text is a yes-or-no question of its own (SigLIP, arXiv 2303.15343, algorithm 1).
 

@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import VisionConfig
-from ..mask_decoder import MASK_SIDE
 from ..siglip import SiglipVisionModel
 from .artwork import KINDS
 from .colours import COLOURS
 from .losses import NO_LABEL
-from .mask_codec import fit_mask
 from .scenes import MAX_OBJECTS, Box, Scene
 from .tasks import kinds_by_first_appearance
 
@@ -36,7 +34,8 @@ BOX_WEIGHT = 16.0  # an error of a sixteenth of the picture weighs as much as a 
 CHOSEN_WEIGHT = 4.0  # most patches are so clearly not chosen that the mean over all is small
 SHAPE_WEIGHT = 4.0
 RELATION_WEIGHT = 0.5
-SHAPE_SIDE = 8  # an object's mask is asked for in so many squares, either way
+SHAPE_SIDE = 8  # a window's part of an object is asked for in so many squares, either way
+END_PIXELS = 2  # that lie so near to the furthest are at an object's end as well
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,12 @@ class PatchLabels:
     following: int64 [P, patches], how many it names after it.
     chosen: float32 [P, patches], 1 for one patch of each object, that objects may be counted by: the nearest to the
         middle of its box.
-    shapes: float32 [P, patches, 64], how much of each square of its box, cut into 8 × 8, the object fills.
+    shapes: float32 [P, patches, 64], how much of each square of a window about the patch, cut into 8 × 8, the object fills;
+        the window is half as high and half as wide as the object's box.
+    owners: int64 [P, patches], the number of the object, in reading order.
+    ends: bool [P, objects, 4, patches], which patches hold an object's first and last pixels, in the order of its sides.
+    parts: float32 [P, patches, 4], the box of what is seen in this patch of an object, in parts of the picture: of the
+        one that is seen most, even if the patch hardly shows it; 0 where none is.
     """
 
     shown: Tensor
@@ -66,6 +70,9 @@ class PatchLabels:
     following: Tensor
     chosen: Tensor
     shapes: Tensor
+    owners: Tensor
+    ends: Tensor
+    parts: Tensor
 
 
 def label_patches(scenes: list[Scene], side: int) -> PatchLabels:
@@ -78,11 +85,13 @@ def label_patches(scenes: list[Scene], side: int) -> PatchLabels:
 
 def _label_scene(scene: Scene, side: int) -> PatchLabels:
     owners = _patch_owners(scene, side)
+    numbers = np.full(side**2, NO_LABEL)
     shown = np.full(side**2, FIRST_COLOUR + COLOURS.index(scene.background))
     boxes = np.zeros((side**2, 4), np.float32)
     colours, across, down, counts, order, following = (np.full(side**2, NO_LABEL) for _ in range(6))
     chosen = np.zeros(side**2, np.float32)
     shapes = np.zeros((side**2, SHAPE_SIDE**2), np.float32)
+    ends, parts = np.zeros((MAX_OBJECTS, 4, side**2), bool), _parts(scene, side)
     for place, letter in enumerate(scene.word):
         here = owners == place + 1
         shown[here], across[here] = FIRST_LETTER + LETTERS.index(letter), place
@@ -90,15 +99,17 @@ def _label_scene(scene: Scene, side: int) -> PatchLabels:
     named = kinds_by_first_appearance(scene)
     for place, thing in enumerate(scene.objects):
         here = owners == thing.owner
-        shown[here], boxes[here], down[here] = thing.kind, thing.box, place
+        shown[here], boxes[here], down[here], numbers[here] = thing.kind, thing.box, place, place
         across[here] = left_edges.index(thing.box[1])
         counts[here] = scene.count(thing.kind) - 1
         order[here] = named.index(thing.kind)
         following[here] = len(named) - 1 - named.index(thing.kind)
         chosen[_nearest_to_middle(here, thing.box, side)] = 1
         colours[here] = NO_COLOUR if thing.colour is None else COLOURS.index(thing.colour)
-        shapes[here] = F.avg_pool2d(fit_mask(scene.mask(thing))[None], MASK_SIDE // SHAPE_SIDE).flatten()
-    labels = (shown, boxes, colours, across, down, counts, order, following, chosen, shapes)
+        seen = scene.owners == thing.owner
+        shapes[here] = _windows(seen, thing.box, side)[here]
+        ends[place] = _ends(seen, side)
+    labels = (shown, boxes, colours, across, down, counts, order, following, chosen, shapes, numbers, ends, parts)
     return PatchLabels(*map(torch.from_numpy, labels))
 
 
@@ -110,13 +121,69 @@ def _nearest_to_middle(here: np.ndarray, box: Box, side: int) -> np.ndarray:
     return patches[np.argsort(distances)[:1]]
 
 
+def _windows(seen: np.ndarray, box: Box, side: int) -> np.ndarray:
+    """Float32 [patches, 64]: what an object fills of windows of half its size, about the middle of each patch.
+
+    Args:
+        seen: bool [size, size], what is seen of the object.
+    """
+    size = len(seen)
+    sums = np.pad(seen, ((1, 0), (1, 0))).cumsum(0, dtype=np.float32).cumsum(1)  # of all pixels above and left
+    middles = (np.arange(side)[:, None] + 0.5) * (size / side)
+    steps = np.linspace(-0.25, 0.25, SHAPE_SIDE + 1)
+    heights, widths = size * (box[2] - box[0]), size * (box[3] - box[1])
+    for axis, extent in enumerate((heights, widths)):
+        places = np.clip(middles + steps * extent, 0, size).ravel()  # [side * 9]
+        before = np.minimum(places.astype(int), size - 1)
+        share = np.expand_dims(places - before, 1 - axis)
+        sums = sums.take(before, axis) * (1 - share) + sums.take(before + 1, axis) * share
+    sums = sums.reshape(side, SHAPE_SIDE + 1, side, SHAPE_SIDE + 1)
+    filled = np.diff(np.diff(sums, axis=1), axis=3).transpose(0, 2, 1, 3)
+    return filled.reshape(side**2, -1) * (2 * SHAPE_SIDE) ** 2 / (heights * widths)
+
+
+def _ends(seen: np.ndarray, side: int) -> np.ndarray:
+    """Bool [4, patches]: which patches hold the first and last of an object's pixels, in the order of a box's sides."""
+    ends = np.zeros((4, side, side), bool)
+    places = np.argwhere(seen)
+    for number, (axis, way) in enumerate(((0, 1), (1, 1), (0, -1), (1, -1))):
+        along = way * places[:, axis]
+        last = along < along.min() + END_PIXELS if len(along) else slice(0)
+        y, x = np.minimum(places[last] * side // len(seen), side - 1).T
+        ends[number, y, x] = True
+    return ends.reshape(4, -1)
+
+
+def _parts(scene: Scene, side: int) -> np.ndarray:
+    """Float32 [patches, 4], as `PatchLabels` has it."""
+    cut = _cut(scene.owners, side)
+    first, last = len(scene.word) + 1, len(scene.word) + len(scene.objects)
+    areas = np.stack([(cut == owner).sum((2, 3)) for owner in range(first, last + 1)])  # [objects, side, side]
+    is_part = cut == (areas.argmax(0) + first)[..., None, None]  # [side, side, pixels, pixels]
+    pixels = cut.shape[-1]
+    sides = []
+    for axis in (3, 2):  # seen along the other one
+        seen = is_part.any(axis)
+        sides.append((seen.argmax(-1), pixels - seen[..., ::-1].argmax(-1)))
+    (top, bottom), (left, right) = sides
+    y, x = pixels * np.arange(side)[:, None], pixels * np.arange(side)
+    parts = np.stack((top + y, left + x, bottom + y, right + x), axis=-1) / len(scene.owners)
+    return np.where((areas.max(0) > 0)[..., None], parts, 0).reshape(side**2, 4).astype(np.float32)
+
+
 def _patch_owners(scene: Scene, side: int) -> np.ndarray:
     """Int64 [patches]: whose most of each patch is, leaving the background what others hardly touch."""
-    pixels = len(scene.owners) // side
-    cut = scene.owners[: side * pixels, : side * pixels].reshape(side, pixels, side, pixels)
+    cut = _cut(scene.owners, side)
     last = len(scene.word) + len(scene.objects)
-    shares = np.stack([(cut == owner).mean((1, 3)) for owner in range(1, last + 1)])  # [owners, side, side]
+    shares = np.stack([(cut == owner).mean((2, 3)) for owner in range(1, last + 1)])  # [owners, side, side]
     return np.where(shares.max(0) >= LEAST_SHARE, shares.argmax(0) + 1, 0).ravel()
+
+
+def _cut(owners: np.ndarray, side: int) -> np.ndarray:
+    """[size, size] to patches, [side, side, pixels, pixels]; what is left over at the end is left out."""
+    pixels = len(owners) // side
+    cut = owners[: side * pixels, : side * pixels].reshape(side, pixels, side, pixels)
+    return np.ascontiguousarray(cut.swapaxes(1, 2))
 
 
 class PatchHeads(nn.ModuleDict):
@@ -131,6 +198,7 @@ class PatchHeads(nn.ModuleDict):
             "down": MAX_OBJECTS,
             "chosen": 1,
             "shapes": SHAPE_SIDE**2,
+            "parts": 4,
         }
         super().__init__({name: nn.Linear(width, size) for name, size in sizes.items()})
 
@@ -156,7 +224,7 @@ class PatchHeads(nn.ModuleDict):
     def _losses(self, features: Tensor, labels: PatchLabels) -> dict[str, Tensor]:
         is_object, is_ground = labels.shown < FIRST_LETTER, labels.shown >= FIRST_COLOUR
         is_letter = ~is_object & ~is_ground
-        is_placed = labels.across != NO_LABEL
+        is_placed, is_part = labels.across != NO_LABEL, labels.parts[..., 2] > 0
         things, placed = features[is_object], features[is_placed]  # [objects' patches, width]
         shown = self["shown"](features)
         return {
@@ -171,6 +239,7 @@ class PatchHeads(nn.ModuleDict):
             * F.binary_cross_entropy_with_logits(self["chosen"](features).squeeze(-1), labels.chosen),
             "shapes": SHAPE_WEIGHT
             * F.binary_cross_entropy_with_logits(self["shapes"](things), labels.shapes[is_object]),
+            "parts": BOX_WEIGHT * F.l1_loss(self["parts"](features[is_part]), labels.parts[is_part]),
         }
 
 

@@ -15,7 +15,7 @@ from ..model import PaliGemma
 from .tokenizer import LOC_TOKENS
 
 IMAGE_SIZE = 168  # pixels of a picture's side, as the checkpoint ships
-EYE_LAYERS = 8
+EYE_LAYERS = 9
 TEXT_LAYERS = 6  # of its voice
 # What of a layer is added to the residual stream, in the eye and in the voice.
 ADDING = ("self_attn.out_proj", "mlp.fc2", "self_attn.o_proj", "mlp.down_proj")
@@ -29,7 +29,7 @@ def tiny_config(
     eye_layers: int = EYE_LAYERS,
     text_layers: int = TEXT_LAYERS,
 ) -> PaliGemmaConfig:
-    """Sizes of the embedded checkpoint: 6.6 million parameters. It begins to learn from less, with less."""
+    """Sizes of the embedded checkpoint: 7.1 million parameters. It begins to learn from less, with less."""
     return PaliGemmaConfig(
         vision=VisionConfig(
             hidden_size=192,
@@ -107,25 +107,27 @@ def resize_positions(positions: Tensor, patches: int) -> Tensor:
     return grid.flatten(2)[0].T.contiguous()
 
 
-def deepen(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A transformer's state with layers added in its middle that change nothing until they learn.
+def deepen(state: dict[str, Tensor], layers: int, at_end: bool = False) -> dict[str, Tensor]:
+    """A transformer's state with layers added that change nothing until they learn.
 
     Each new one begins as the layer beside it, with all that it would add to the residual stream at zero.
 
     Args:
         state: by name, that of each layer as `layers.{index}.…`, and whatever else.
         layers: how many there shall be, from as many as there are to twice that.
+        at_end: whether the new ones come last, and not in the middle.
     """
     old_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
     new_layers = layers - old_layers
-    middle = old_layers // 2
-    first = middle - (new_layers + 1) // 2  # of the layers that are repeated, which lie around the middle
-    sources = [*range(middle), *range(first, first + new_layers), *range(middle, old_layers)]
+    place = old_layers if at_end else old_layers // 2
+    # Of the layers that are repeated, which lie around the place.
+    first = min(place - (new_layers + 1) // 2, old_layers - new_layers)
+    sources = [*range(place), *range(first, first + new_layers), *range(place, old_layers)]
     deeper = {name: value for name, value in state.items() if not name.startswith("layers.")}
-    for place, source in enumerate(sources):
+    for number, source in enumerate(sources):
         prefix = f"layers.{source}."
         layer = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if middle <= place < middle + new_layers:
+        if place <= number < place + new_layers:
             layer |= {name: torch.zeros_like(value) for name, value in layer.items() if name.startswith(ADDING)}
-        deeper |= {f"layers.{place}.{name}": value for name, value in layer.items()}
+        deeper |= {f"layers.{number}.{name}": value for name, value in layer.items()}
     return deeper

@@ -11,6 +11,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `larger`: the same, on larger pictures, in which each object fills more patches.
 - `deeper`: the same, with more layers between what the voice begins and ends with, to relate objects in.
 - `keener`: the same, with more layers in the eye, and with an optimiser that learns more from each step.
+- `pointed`: the same, with one more layer at the eye's end, and shown where to look for a box's sides and a mask's codes.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -18,7 +19,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from ..checkpoints import save_checkpoint
 from ..config import PaliGemmaConfig
 from ..model import PaliGemma
 from ..processor import Processor
-from . import contrastive, naming
+from . import contrastive, looking, naming
 from .artwork import HELD_OUT_STYLE, KINDS, STYLES, load_fonts, load_sprites
 from .batches import CropBatches, PatchBatches, Rows, SceneBatches, in_background, move
 from .contrastive import CROP_SIZE
@@ -52,8 +53,9 @@ FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
 CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
 FIRST_MAX_OBJECTS = 2
 FIRST_IMAGE_SIZE = 112  # pixels, in most stages: a picture of `IMAGE_SIZE` costs more than twice as much
-FIRST_EYE_LAYERS = 6  # until the last stage
-FIRST_TEXT_LAYERS = 4  # of the voice, until the last but one
+FIRST_EYE_LAYERS = 6
+FIRST_TEXT_LAYERS = 4  # of the voice
+KEENER_EYE_LAYERS = 8
 STEPS = {
     "contrastive": 700,
     "naming": 1500,
@@ -64,6 +66,7 @@ STEPS = {
     "larger": 2050,
     "deeper": 2050,
     "keener": 1600,
+    "pointed": 2000,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -75,12 +78,15 @@ PEAKS = {
     "larger": 7.5e-4,
     "deeper": 8e-4,
     "keener": 6e-4,
+    "pointed": 4e-4,
 }
 POSITIONS = "embeddings.position_embedding.weight"  # of an eye's state
 JUDGED = 500  # fresh crops that the first two stages are judged by
 EYE_SLOWNESS = 0.4  # the part of the rate at which the eye learns when all do, since it has learnt so much already
 DEEPER_EYE_SLOWNESS = 0.6  # once it has new layers
+POINTING_HASTE = 2.0  # times the rate at which the eye's last layer learns when it is new
 PATCH_WEIGHT = 0.5  # of the patches' losses beside the answers'
+EYE_LOOK_WEIGHT, VOICE_LOOK_WEIGHT = 0.5, 0.3  # of being shown where to look
 SPEAKING_LAYERS = 2  # of the decoder: before these, its states at an object's patches tell how it relates to the others
 
 
@@ -101,12 +107,11 @@ class Studio:
         self,
         stage: str,
         module: nn.Module,
-        slow: nn.Module | None = None,
-        slowness: float = 1.0,
+        factors: Mapping[nn.Module, float] | None = None,
         matrices: Collection[nn.Parameter] = (),
     ) -> Run:
         module = module.to(self.device)
-        return Run(stage, module, self.folder, self.steps[stage], PEAKS[stage], slow, slowness, matrices)
+        return Run(stage, module, self.folder, self.steps[stage], PEAKS[stage], factors, matrices)
 
     def prepare(self, *stacks: nn.ModuleList) -> None:
         """Let the layers of these stacks need less memory, or less time, as it was asked for."""
@@ -272,14 +277,32 @@ class Together(nn.Module):
         self.relations = RelationHeads(config.text.hidden_size)
 
     def answer_losses(
-        self, image_features: Tensor, labels: PatchLabels, chunks: list[Rows], risks: Sequence[TokenRisk]
+        self,
+        image_features: Tensor,
+        labels: PatchLabels,
+        chunks: list[Rows],
+        risks: Sequence[TokenRisk],
+        shows_looks: bool = False,
     ) -> dict[str, Tensor]:
-        """The answers' and the relations'; `image_features` are projected, of the first of the pictures of `labels`."""
-        with recorded(self.model.language_model.layers[-1 - SPEAKING_LAYERS]) as outputs:
+        """The answers' and the relations'; `image_features` are projected, of the first of the pictures of `labels`.
+
+        Beside them, if it is asked for, how far the first speaking layer is from looking where the chunks show.
+        """
+        voice = self.model.language_model
+        with recorded(voice.layers[-1 - SPEAKING_LAYERS]) as outputs:
             answers = rows_loss(self.model, image_features, chunks, risks)
         states = torch.cat([output[:, : image_features.shape[1]] for output in outputs])
         pictures = torch.cat([rows.pictures for rows in chunks])
-        return {"answers": answers, **self.relations.losses(states, pictures, labels)}
+        losses = {"answers": answers, **self.relations.losses(states, pictures, labels)}
+        if shows_looks:
+            layer = voice.layers[-SPEAKING_LAYERS]
+            looks = 0.0
+            for output, rows in zip(outputs, chunks):
+                rotary = voice.rotary(slice(0, output.shape[1]), output.dtype)
+                looks = looks + len(rows.looks.rows) * looking.voice_loss(layer, output, rotary, rows.looks)
+            looks = looks / max(1, sum(len(rows.looks.rows) for rows in chunks))
+            losses["voice_looks"] = VOICE_LOOK_WEIGHT * looks
+        return losses
 
 
 def train_voice(studio: Studio) -> None:
@@ -320,31 +343,48 @@ def train_deeper(studio: Studio) -> None:
 
 
 def train_keener(studio: Studio) -> None:
-    processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
+    processor = tiny_processor(IMAGE_SIZE, KEENER_EYE_LAYERS, TEXT_LAYERS)
     _train_all(replace(studio, processor=processor), "keener", "deeper", DEEPER_EYE_SLOWNESS, with_muon=True)
 
 
+def train_pointed(studio: Studio) -> None:
+    studio = replace(studio, processor=tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS))
+    _train_all(studio, "pointed", "keener", DEEPER_EYE_SLOWNESS, with_muon=True, shows_looks=True)
+
+
 def _train_all(
-    studio: Studio, stage: str, forerunner: str, eye_slowness: float = EYE_SLOWNESS, with_muon: bool = False
+    studio: Studio,
+    stage: str,
+    forerunner: str,
+    eye_slowness: float = EYE_SLOWNESS,
+    with_muon: bool = False,
+    shows_looks: bool = False,
 ) -> None:
+    """`shows_looks`: a new layer of the eye comes last, and that and the voice's first speaking one are shown where to look."""
     together = Together(studio.processor.config)
-    together.load_state_dict(_grown(studio.saved(forerunner), studio.processor.config))
+    together.load_state_dict(_grown(studio.saved(forerunner), studio.processor.config, eye_grows_last=shows_looks))
     model = together.model
-    studio.prepare(model.vision_tower.encoder["layers"], model.language_model.layers)
+    eye = model.vision_tower.encoder["layers"]
+    studio.prepare(eye, model.language_model.layers)
     # Of the model itself: Muon is for matrices between hidden states, not for what embeds or reads out.
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)] if with_muon else []
-    run = studio.run(stage, together, model.vision_tower, eye_slowness, matrices)
+    factors = {model.vision_tower: eye_slowness} | ({eye[-1]: POINTING_HASTE} if shows_looks else {})
+    run = studio.run(stage, together, factors, matrices)
     batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES, CAPTIONED_PICTURES)
     risks = studio.risks()
 
     def losses() -> dict[str, Tensor]:
         pixel_values, labels, chunks = next(batches)
         labels, chunks = move(labels, studio.device), [move(rows, studio.device) for rows in chunks]
-        features = model.vision_tower(pixel_values.to(studio.device))
+        with recorded(eye[-2]) as outputs:
+            features = model.vision_tower(pixel_values.to(studio.device))
         patches = together.heads.losses(features, labels)
         projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + CAPTIONED_PICTURES])
-        answers = together.answer_losses(projected, labels, chunks, risks)
-        return {**answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
+        answers = together.answer_losses(projected, labels, chunks, risks, shows_looks)
+        losses = {**answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
+        if shows_looks:
+            losses["eye_looks"] = EYE_LOOK_WEIGHT * looking.eye_loss(eye[-1], outputs[0], labels)
+        return losses
 
     run.train(losses)
     save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16, is_feed_forward)
@@ -357,17 +397,20 @@ def is_feed_forward(name: str) -> bool:
     return ".mlp." in name and name.endswith(".weight")
 
 
-def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig) -> dict[str, Tensor]:
-    """The state of `Together`, made to fit a config with more patches, or more layers of the eye or the voice."""
+def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig, eye_grows_last: bool) -> dict[str, Tensor]:
+    """The state of `Together`, made to fit a config with more patches, or more layers of the eye or the voice.
+
+    They come in the middle, or, of the eye, at the end.
+    """
     positions = f"model.vision_tower.{POSITIONS}"
     weights[positions] = resize_positions(weights[positions], config.vision.num_patches)
-    for prefix, layers in (
-        ("model.vision_tower.encoder.", config.vision.num_hidden_layers),
-        ("model.language_model.", config.text.num_hidden_layers),
+    for prefix, layers, at_end in (
+        ("model.vision_tower.encoder.", config.vision.num_hidden_layers, eye_grows_last),
+        ("model.language_model.", config.text.num_hidden_layers, False),
     ):
         state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-        weights |= {f"{prefix}{name}": value for name, value in deepen(state, layers).items()}
+        weights |= {f"{prefix}{name}": value for name, value in deepen(state, layers, at_end).items()}
     return weights
 
 
@@ -398,6 +441,7 @@ STAGES: dict[str, Callable[[Studio], None]] = {
     "larger": train_larger,
     "deeper": train_deeper,
     "keener": train_keener,
+    "pointed": train_pointed,
 }
 
 
