@@ -34,6 +34,7 @@ from paligemma.training.losses import (
     NO_LABEL,
     TokenRisk,
     answer_loss,
+    attention_loss,
     clip_loss,
     siglip_loss,
 )
@@ -419,9 +420,9 @@ def test_between_patches_attention_is_shared():
 def test_attention_is_off_by_a_divergence():
     wanted = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
     there = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log().clamp(min=-100)
-    assert looking.attention_loss(there, wanted).item() == pytest.approx(0, abs=1e-6)
+    assert attention_loss(there, wanted).item() == pytest.approx(0, abs=1e-6)
     elsewhere = torch.tensor([[0.25, 0.25, 0.5]]).log()
-    assert looking.attention_loss(elsewhere, wanted[:1]).item() == pytest.approx(math.log(2))
+    assert attention_loss(elsewhere, wanted[:1]).item() == pytest.approx(math.log(2))
 
 
 def test_what_is_shown_is_where_eye_and_voice_look(tiny, painter, monkeypatch):
@@ -446,7 +447,7 @@ def test_what_is_shown_is_where_eye_and_voice_look(tiny, painter, monkeypatch):
     chances = attention[-1]  # [P, heads, patches, patches]
     pictures, patches = (labels.owners >= 0).nonzero(as_tuple=True)
     wanted = looking.spread_evenly(labels.ends[pictures, labels.owners[pictures, patches]])
-    expected = looking.attention_loss(chances[pictures, :, patches].log(), wanted)
+    expected = attention_loss(chances[pictures, :, patches].log(), wanted)
     torch.testing.assert_close(looking.eye_loss(eye[-1], outputs[0], labels), expected)
 
     attention.clear()
@@ -457,7 +458,7 @@ def test_what_is_shown_is_where_eye_and_voice_look(tiny, painter, monkeypatch):
         chances = attention[number * layers + layers - train.SPEAKING_LAYERS]  # [R, kv_heads, T * group, T]
         chances = chances.unflatten(2, (-1, tiny.config.text.num_attention_heads // chances.shape[1]))
         chances = chances.transpose(2, 3).flatten(1, 2)[rows.looks.rows, rows.looks.heads, rows.looks.positions]
-        total = total + len(chances) * looking.attention_loss(chances.log(), rows.looks.patches)
+        total = total + len(chances) * attention_loss(chances.log(), rows.looks.patches)
         looks += len(chances)
     assert looks > 20
     torch.testing.assert_close(losses["voice_looks"], train.VOICE_LOOK_WEIGHT * total / looks)

@@ -51,11 +51,15 @@ def find_looks(tokenizer: Tokenizer, scenes: list[Scene], ends: Tensor, pictures
     patches = ends.shape[-1]
     found: list[tuple[int, int, int]] = []
     spreads: list[Tensor] = [torch.zeros(0, patches)]
+    boxes = {  # by picture, what is written of each object's box, and its number; a picture has several rows
+        picture: {
+            tuple(tokenizer.encode(loc_tokens(thing)).ids): place for place, thing in enumerate(scenes[picture].objects)
+        }
+        for picture in set(pictures.tolist())
+    }
     for row, (picture, tokens) in enumerate(zip(pictures.tolist(), labels.tolist())):
-        things = scenes[picture].objects
-        places = {tuple(tokenizer.encode(loc_tokens(thing)).ids): place for place, thing in enumerate(things)}
         for position in range(len(tokens) - SIDES):
-            place = places.get(tuple(tokens[position : position + SIDES]))
+            place = boxes[picture].get(tuple(tokens[position : position + SIDES]))
             if place is None:
                 continue
             found += [(row, position + side, END_HEAD) for side in range(SIDES)]
@@ -63,7 +67,7 @@ def find_looks(tokenizer: Tokenizer, scenes: list[Scene], ends: Tensor, pictures
             after = position + SIDES
             if first_seg <= tokens[after] < first_seg + len(SEG_TOKENS):
                 found += [(row, after + code, CELL_HEAD) for code in range(NUM_CODES)]
-                spreads.append(spread_over_cells(things[place].box, round(patches**0.5)))
+                spreads.append(spread_over_cells(scenes[picture].objects[place].box, round(patches**0.5)))
     rows, positions, heads = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).T
     return Looks(rows, positions, heads, torch.cat(spreads))
 

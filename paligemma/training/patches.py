@@ -131,15 +131,15 @@ def _windows(seen: np.ndarray, box: Box, side: int) -> np.ndarray:
     sums = np.pad(seen, ((1, 0), (1, 0))).cumsum(0, dtype=np.float32).cumsum(1)  # of all pixels above and left
     middles = (np.arange(side)[:, None] + 0.5) * (size / side)
     steps = np.linspace(-0.25, 0.25, SHAPE_SIDE + 1)
-    heights, widths = size * (box[2] - box[0]), size * (box[3] - box[1])
-    for axis, extent in enumerate((heights, widths)):
+    height, width = size * (box[2] - box[0]), size * (box[3] - box[1])
+    for axis, extent in enumerate((height, width)):
         places = np.clip(middles + steps * extent, 0, size).ravel()  # [side * 9]
         before = np.minimum(places.astype(int), size - 1)
         share = np.expand_dims(places - before, 1 - axis)
         sums = sums.take(before, axis) * (1 - share) + sums.take(before + 1, axis) * share
     sums = sums.reshape(side, SHAPE_SIDE + 1, side, SHAPE_SIDE + 1)
     filled = np.diff(np.diff(sums, axis=1), axis=3).transpose(0, 2, 1, 3)
-    return filled.reshape(side**2, -1) * (2 * SHAPE_SIDE) ** 2 / (heights * widths)
+    return filled.reshape(side**2, -1) * (2 * SHAPE_SIDE) ** 2 / (height * width)
 
 
 def _ends(seen: np.ndarray, side: int) -> np.ndarray:
