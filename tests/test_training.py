@@ -25,9 +25,9 @@ from paligemma.model import PaliGemma
 from paligemma.training import artwork, batches, contrastive, evaluate, looking, loop, mask_codec, naming, train
 from paligemma.training.artwork import KINDS, STYLES, Sprites, load_folder, load_sheet, load_sprites, pack_sheet
 from paligemma.training.augmentation import restyle
-from paligemma.training.batches import SceneBatches, collate, encode_masks
+from paligemma.training.batches import SceneBatches, collate, encode_masks, mishear, nearest_codes, told_masks
 from paligemma.training.colours import COLOURS, random_colour, ruling_colour
-from paligemma.training.looking import find_looks
+from paligemma.training.looking import Told, find_boxes, find_looks
 from paligemma.training.losses import (
     CODE_COST,
     COORDINATE_COST,
@@ -38,7 +38,7 @@ from paligemma.training.losses import (
     clip_loss,
     siglip_loss,
 )
-from paligemma.training.mask_codec import MaskCodec, fit_mask
+from paligemma.training.mask_codec import MaskCodec, decoded_loss, fit_mask
 from paligemma.training.patches import FIRST_COLOUR, FIRST_LETTER, PatchHeads, RelationHeads, label_patches
 from paligemma.training.plot import plot
 from paligemma.training.scenes import MAX_OBJECTS, MAX_OVERLAP, Painter, Scene, SceneObject
@@ -59,6 +59,7 @@ from paligemma.training.tasks import (
     detections,
     every_text,
     largest,
+    loc_tokens,
     neighbour,
     prompts_and_answers,
     segmentations,
@@ -245,7 +246,7 @@ def test_every_answer_is_true(painter):
     seen = set()
     for _ in range(80):
         drawn = painter.random_scene(rng, 112, 3)
-        (codes,) = encode_masks(codec, [drawn])
+        (codes,) = encode_masks(codec, [drawn], told_masks([drawn]))
         for prompt, answer in prompts_and_answers(rng, drawn, codes, painter.kinds):
             task = " ".join(prompt.split()[:4]) if prompt.startswith("answer") else prompt.split()[0]
             seen.add(task)
@@ -344,18 +345,74 @@ def test_a_slip_is_gone_on_from_and_not_learnt(tiny):
         assert torch.equal(rows.weights[row] > 0, rows.labels[row] != NO_LABEL)
 
 
-def test_half_of_the_codes_that_are_read_are_others_and_none_that_is_written(tiny):
-    answer = "<loc0008><loc0016><loc0512><loc1000>" + "".join(f"<seg{code:03d}>" for code in range(16)) + " cat"
-    pairs = [("segment cat", answer)] * 40
-    true = collate(tiny.processor, [0] * 40, pairs)
-    spoilt = collate(tiny.processor, [0] * 40, pairs, rng=np.random.default_rng(0))
-    assert torch.equal(spoilt.labels, true.labels)
-    first = tiny.processor.tokenizer.token_to_id("<seg000>")
-    is_code = (true.input_ids >= first) & (true.input_ids < first + 128)
-    differs = spoilt.input_ids != true.input_ids
-    assert not differs[~is_code].any()
-    assert 0.4 < differs[is_code].float().mean() < 0.6
-    assert ((spoilt.input_ids >= first) & (spoilt.input_ids < first + 128)).equal(is_code)
+def segmenting_batch(tiny, painter, scenes, monkeypatch):
+    """A batch in which all pictures are asked for masks; its scenes are appended to `scenes`."""
+    draw = painter.random_scene
+    monkeypatch.setattr(painter, "random_scene", lambda *arguments: scenes.append(draw(*arguments)) or scenes[-1])
+    torch.manual_seed(0)
+    codec = MaskCodec().eval()
+    drawn = SceneBatches(tiny.processor, painter, 16, torch.tensor(2), 0, codec, 0, segmented=16)
+    return codec, next(iter(drawn))[2]
+
+
+def test_half_of_the_codes_that_are_read_are_others_like_them_and_none_that_is_written(tiny, painter, monkeypatch):
+    codec, chunks = segmenting_batch(tiny, painter, [], monkeypatch)
+    first, alike = tiny.processor.tokenizer.token_to_id("<seg000>"), nearest_codes(codec)
+    assert alike[:, 0].tolist() == list(range(128)), "each is nearest to itself"
+    differs = []
+    for rows in chunks:
+        written, read = rows.labels[:, :-1] - first, rows.input_ids[:, 1:] - first
+        is_code = (written >= 0) & (written < 128)
+        assert (alike[written[is_code]] == read[is_code][:, None]).any(1).all()
+        differs.append((written != read)[is_code])
+    assert 0.35 < torch.cat(differs).float().mean() < 0.6
+
+
+def test_masks_are_told_within_the_boxes_that_are_heard(tiny, painter, monkeypatch):
+    scenes = []
+    codec, chunks = segmenting_batch(tiny, painter, scenes, monkeypatch)
+    tokenizer, first_seg = tiny.processor.tokenizer, tiny.processor.tokenizer.token_to_id("<seg000>")
+    misheard, told = [], 0
+    for rows in chunks:
+        labels = rows.labels[rows.labels >= first_seg]
+        codes = (labels[labels < first_seg + 128] - first_seg).view(-1, 16)
+        assert len(codes) == len(rows.masks) > 0
+        assert torch.equal(codec.encode(rows.masks), codes)
+        for box, mask in zip(find_boxes(tokenizer, scenes, rows.pictures, rows.labels), rows.masks, strict=True):
+            thing = scenes[box.picture].objects[box.place]
+            written = rows.labels[box.row, box.position : box.position + 4].tolist()
+            heard = rows.input_ids[box.row, box.position + 1 : box.position + 5].tolist()
+            assert written == tokenizer.encode(loc_tokens(thing)).ids
+            misheard.append(heard != written)
+            sides = [int(tokenizer.id_to_token(token)[4:8]) / 1024 for token in heard]
+            assert np.abs(np.subtract(sides, thing.box)).max() < 0.08
+            assert torch.equal(mask, fit_mask(scenes[box.picture].owners == thing.owner, tuple(sides)))
+            told += 1
+    assert told > 16
+    assert 0.2 < np.mean(misheard) < 0.8
+
+
+def test_a_box_is_never_heard_inside_out(painter, monkeypatch):
+    monkeypatch.setattr(batches, "OFF", 60.0)
+    monkeypatch.setattr(batches, "MISHEARD", 1.0)
+    rng = np.random.default_rng(0)
+    scene = painter.random_scene(rng, 112, 2)
+    boxes = [thing.box for _ in range(40) for thing in mishear(rng, scene).objects]
+    assert len(set(boxes)) > 20
+    for y_min, x_min, y_max, x_max in boxes:
+        assert 0 <= y_min < y_max < 1
+        assert 0 <= x_min < x_max < 1
+
+
+def test_what_lies_in_a_box_fills_the_mask():
+    picture = np.zeros((40, 80), bool)
+    picture[10:20, 20:60] = True
+    assert fit_mask(picture, (0.25, 0.25, 0.5, 0.75)).mean() > 0.99, (
+        "all but the corners, which share with what is outside"
+    )
+    half = fit_mask(picture, (0.0, 0.25, 0.5, 0.75))
+    assert not half[:31].any()
+    assert half[33:].all()
 
 
 def test_rows_ask_about_the_first_pictures_only(tiny, painter):
@@ -399,11 +456,12 @@ def test_where_to_look_is_shown_for_each_coordinate_and_code(tiny):
     codes = {owner: list(range(16)) for owner in (1, 2)}
     segmented, ends = segmentations(scene, index("cat"), codes), label_patches([scene], 8).ends
     rows = collate(tiny.processor, [0, 0], [("caption en", caption(scene)), ("segment cat", segmented)])
-    looks = find_looks(tiny.processor.tokenizer, [scene], ends, rows.pictures, rows.labels)
+    boxes = find_boxes(tiny.processor.tokenizer, [scene], rows.pictures, rows.labels)
+    assert boxes == [Told(1, rows.prefix_lengths[1].item() - 1 + 24 * place, 0, place, True) for place in (0, 1)]
+    looks = find_looks(boxes, [scene], ends)
     tokens = map(tiny.processor.tokenizer.id_to_token, rows.labels[looks.rows, looks.positions].tolist())
     assert "".join(tokens) == segmented.replace(" cat", "").replace(" ; ", "")
     assert looks.rows.unique().tolist() == [1]
-    assert looks.heads.tolist() == 2 * (4 * [looking.END_HEAD] + 16 * [looking.CELL_HEAD])
     assert looks.patches.sum(1).tolist() == pytest.approx(40 * [1])
     top_of_the_second = looks.patches[20].nonzero().flatten().tolist()
     assert top_of_the_second == [8 * 4 + 4, 8 * 4 + 5, 8 * 4 + 6, 8 * 4 + 7]
@@ -455,12 +513,13 @@ def test_what_is_shown_is_where_eye_and_voice_look(tiny, painter, monkeypatch):
     layers = len(together.model.language_model.layers)
     total, looks = 0.0, 0
     for number, rows in enumerate(chunks):
-        chances = attention[number * layers + layers - train.SPEAKING_LAYERS]  # [R, kv_heads, T * group, T]
-        chances = chances.unflatten(2, (-1, tiny.config.text.num_attention_heads // chances.shape[1]))
-        chances = chances.transpose(2, 3).flatten(1, 2)[rows.looks.rows, rows.looks.heads, rows.looks.positions]
-        total = total + len(chances) * attention_loss(chances.log(), rows.looks.patches)
-        looks += len(chances)
-    assert looks > 20
+        for layer in range(layers)[train.LOOKING_LAYERS.start : train.LOOKING_LAYERS.stop]:
+            chances = attention[number * layers + layer]  # [R, kv_heads, T * group, T]
+            chances = chances.unflatten(2, (-1, tiny.config.text.num_attention_heads // chances.shape[1]))
+            chances = chances[rows.looks.rows, :, rows.looks.positions, 0]  # of the first head of each group
+            total = total + len(chances) * attention_loss(chances.log(), rows.looks.patches[:, None])
+            looks += len(chances)
+    assert looks > 40
     torch.testing.assert_close(losses["voice_looks"], train.VOICE_LOOK_WEIGHT * total / looks)
 
 
@@ -642,6 +701,39 @@ def test_a_codec_learns_to_give_masks_back(painter, tmp_path):
     assert (decoded == masks.bool()).float().mean() > 0.9
 
 
+def test_the_decoder_and_the_codes_learn_from_masks_what_a_code_should_be():
+    torch.manual_seed(0)
+    decoder = MaskDecoder(8, 4, 8)
+    masks = torch.zeros(3, 64, 64)
+    masks[:, :32] = 1
+    logits = torch.randn(48, 8, requires_grad=True)
+    decoded = mask_codec.SHARPNESS * decoder(logits.argmax(-1).view(3, 16))
+    loss = decoded_loss(decoder, logits, masks)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(decoded, masks))
+    loss.backward()
+    assert logits.grad.abs().min() > 0
+    optimiser = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(60):
+        optimiser.zero_grad()
+        decoded_loss(decoder, logits, masks).backward()
+        optimiser.step()
+    assert decoded_loss(decoder, logits, masks) < loss, "other codes were chosen"
+    assert decoded_loss(decoder, logits[:0], masks[:0]) == 0
+
+
+def test_what_is_decoded_of_the_codes_teaches_all_that_says_them(tiny, painter):
+    torch.manual_seed(0)
+    scenes = SceneBatches(tiny.processor, painter, 4, torch.tensor(2), 0, MaskCodec().eval(), 2, segmented=2)
+    pixel_values, labels, chunks = next(iter(scenes))
+    together = train.Together(tiny.config)
+    first_code = tiny.processor.tokenizer.token_to_id("<seg000>")
+    features = together.model.image_features(pixel_values)
+    losses = together.answer_losses(features, labels, chunks, [], first_code=first_code)
+    losses["masks"].backward()
+    for part in (together.mask_decoder, together.model.language_model, together.model.vision_tower):
+        assert sum(float(weight.grad.abs().sum()) for weight in part.parameters() if weight.grad is not None) > 0
+
+
 def test_a_code_tells_of_its_own_cell_only():
     torch.manual_seed(0)
     codec, masks = MaskCodec().eval(), (torch.rand(1, 64, 64) > 0.5).float()
@@ -783,6 +875,8 @@ def studio(sprites, fonts, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PICTURES_A_BATCH", 2)
     monkeypatch.setattr(train, "FURTHER_PICTURES", 2)
     monkeypatch.setattr(train, "CAPTIONED_PICTURES", 1)
+    monkeypatch.setattr(train, "TRACING_CAPTIONED_PICTURES", 1)
+    monkeypatch.setattr(train, "SEGMENTED_PICTURES", 1)
     monkeypatch.setattr(train, "JUDGED", 10)
     monkeypatch.setattr(mask_codec, "MASKS_A_BATCH", 4)
     monkeypatch.setattr(loop, "WARM_UP_STEPS", 5)
@@ -822,12 +916,18 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     assert all(torch.equal(weight, kept[f"model.vision_tower.{name}"]) for name, weight in eye.items()), "the eye stays"
     for stage in ("together", "larger", "deeper", "keener"):
         train.STAGES[stage](studio)
+    untouched, first = load_file(tmp_path / "mask_decoder.safetensors"), studio.codec().mask_decoder.state_dict()
+    assert all(torch.equal(untouched[name], first[name].bfloat16()) for name in first), "until masks are traced"
     train.STAGES["pointed"](replace(studio, steps=studio.steps | {"pointed": 20}))
     train.STAGES["pointed"](replace(studio, steps=studio.steps | {"pointed": 21}))  # from what Muon has saved as well
+
+    train.STAGES["traced"](studio)
 
     from paligemma import load
 
     vlm = load(tmp_path)
+    decoder, first = vlm.mask_decoder.state_dict(), studio.codec().mask_decoder.state_dict()
+    assert any((decoder[name] - first[name].bfloat16()).abs().max() > 0 for name in first), "the decoder learns as well"
     assert vlm.config.vision.image_size == IMAGE_SIZE > train.FIRST_IMAGE_SIZE
     assert vlm.config.vision.num_hidden_layers == EYE_LAYERS > train.KEENER_EYE_LAYERS > train.FIRST_EYE_LAYERS
     assert vlm.config.text.num_hidden_layers == TEXT_LAYERS > train.FIRST_TEXT_LAYERS

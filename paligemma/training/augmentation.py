@@ -40,7 +40,7 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     if rng.random() < 0.5:
         pixels = _proportion(rng, _proportion(rng, pixels).swapaxes(0, 1)).swapaxes(0, 1)
     colours, alpha = pixels[..., :3], pixels[..., 3:]
-    lines = _lines(colours, alpha) if rng.random() < 0.25 else None
+    lines = _lines(colours, alpha, thickness=int(rng.integers(2))) if rng.random() < 0.4 else None
     if rng.random() < 0.5:
         colours = _recolour(rng, colours)
     if rng.random() < 0.3:
@@ -65,14 +65,18 @@ def _proportion(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     return pixels[above] * (1 - share) + pixels[np.minimum(above + 1, height - 1)] * share
 
 
-def _lines(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """How much of a line each pixel is, float [height, width, 1]: where colour or silhouette changes."""
+def _lines(colours: np.ndarray, alpha: np.ndarray, thickness: int) -> np.ndarray:
+    """How much of a line each pixel is, float [height, width, 1]: where, within `thickness` pixels, colour or silhouette changes."""
     drawn = np.concatenate([colours * alpha, 2 * alpha], axis=-1)
     edges = np.zeros(alpha.shape[:2], np.float32)
     down, across = np.abs(np.diff(drawn, axis=0)).max(-1), np.abs(np.diff(drawn, axis=1)).max(-1)
     edges[:-1], edges[1:] = np.maximum(edges[:-1], down), np.maximum(edges[1:], down)
     edges[:, :-1], edges[:, 1:] = np.maximum(edges[:, :-1], across), np.maximum(edges[:, 1:], across)
-    return np.clip(4 * edges - 0.5, 0, 1)[..., None]
+    lines = np.clip(4 * edges - 0.5, 0, 1)
+    if thickness:
+        image = Image.fromarray((255 * lines).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * thickness + 1))
+        lines = np.asarray(image, np.float32) / 255
+    return lines[..., None]
 
 
 def _recolour(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:

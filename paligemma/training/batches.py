@@ -10,17 +10,33 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..mask_decoder import MASK_SIDE
 from ..processor import Processor
-from .looking import Looks, find_looks
+from .looking import Looks, find_boxes, find_looks
 from .losses import NO_LABEL
 from .mask_codec import MaskCodec, fit_mask
 from .patches import PatchLabels, label_patches
 from .scenes import Painter, Scene
-from .tasks import CAPTION_PROMPT, Slip, caption, caption_with_slip, prompts_and_answers
+from .tasks import (
+    CAPTION_PROMPT,
+    LAST_STEP,
+    LOC_STEP,
+    Slip,
+    caption,
+    caption_with_slip,
+    loc_steps,
+    loc_tokens,
+    prompts_and_answers,
+    segment_prompt,
+    segmentations,
+)
 from .tokenizer import SEG_TOKENS
 
 SHORT = 6  # tokens, as one box has
 SPOILT_CODES = 0.5  # of a mask's codes that are read, not of those to be written
+ALIKE = 16  # codes that a spoilt one may have become
+MISHEARD = 0.5  # of the boxes that are read before codes
+OFF = 2.0  # steps of a coordinate by which the sides of these are wrong: the standard deviation
 SLIPS = 0.4  # of the captions of further pictures
 ROWS_A_CHUNK = 12
 
@@ -34,6 +50,7 @@ class Rows:
     weights: float32 [R, T], how much each label counts. prefix_lengths: int64 [R]. attention_mask: bool [R, T].
     first: no label is before this position.
     looks: where to look for coordinates and codes, if that is shown.
+    masks: float32 [M, 64, 64], what each sixteen codes among the labels stand for, in their order.
     """
 
     pictures: Tensor
@@ -44,6 +61,7 @@ class Rows:
     attention_mask: Tensor
     first: int
     looks: Looks | None = None
+    masks: Tensor | None = None
 
 
 def collate(
@@ -51,7 +69,6 @@ def collate(
     pictures: list[int],
     pairs: list[tuple[str, str]],
     slips: list[Slip | None] | None = None,
-    rng: np.random.Generator | None = None,
 ) -> Rows:
     """Rows of prompt, answer and `<eos>` for teacher forcing; the prompt and the padding carry no label.
 
@@ -60,9 +77,6 @@ def collate(
     alike, since else the `<eos>` of an empty one would outweigh the first coordinate of a box, and be said too often.
 
     What overlaps a slip of an answer carries no label: it is there to be gone on from (DAgger, arXiv 1011.0686).
-
-    With `rng`, half of the mask codes that are read are others at random (word dropout, arXiv 1511.06349), so that each
-    is learnt from the picture, and not from the ones before it, which will be less right than here.
     """
     config = processor.config
     prefixes = [processor.input_ids(prompt) for prompt, _ in pairs]
@@ -71,7 +85,6 @@ def collate(
     lengths = [len(prefix) + len(answer) for prefix, answer in zip(prefixes, answers)]
     input_ids = torch.full((len(pairs), max(lengths)), config.pad_token_id)
     labels, weights = torch.full_like(input_ids, NO_LABEL), torch.zeros(input_ids.shape)
-    first_code = processor.tokenizer.token_to_id(SEG_TOKENS[0])
     for row, (prefix, answer, length) in enumerate(zip(prefixes, answers, lengths)):
         input_ids[row, :length] = torch.tensor(prefix + answer)
         labels[row, len(prefix) - 1 : length] = torch.tensor([*answer, config.eos_token_ids[0]])
@@ -80,11 +93,6 @@ def collate(
             spans = enumerate(encodings[row].offsets, len(prefix) - 1)
             wrong = [place for place, (start, end) in spans if start < slip[1] and end > slip[0]]
             labels[row, wrong], weights[row, wrong] = NO_LABEL, 0.0
-    if rng is not None:
-        is_code = (input_ids >= first_code) & (input_ids < first_code + len(SEG_TOKENS))
-        is_spoilt = is_code & torch.from_numpy(rng.random(input_ids.shape) < SPOILT_CODES)
-        others = torch.from_numpy(rng.integers(first_code, first_code + len(SEG_TOKENS), input_ids.shape))
-        input_ids = torch.where(is_spoilt, others, input_ids)
     return Rows(
         pictures=torch.tensor(pictures),
         input_ids=input_ids,
@@ -147,7 +155,8 @@ class PatchBatches(IterableDataset):
 class SceneBatches(PatchBatches):
     """As `PatchBatches`, with a third element: rows, in chunks, of all tasks about the first `asked_about` pictures.
 
-    The next `captioned` pictures have one row each, since naming all that is there takes the most practice.
+    The next `captioned` pictures have one row each, since naming all that is there takes the most practice, and the next
+    `segmented` have one as well, of the masks of one kind.
     """
 
     def __init__(
@@ -160,15 +169,19 @@ class SceneBatches(PatchBatches):
         codec: MaskCodec,
         asked_about: int,
         captioned: int = 0,
+        segmented: int = 0,
     ):
         super().__init__(processor, painter, pictures, max_objects, seed)
-        self.codec, self.asked_about, self.captioned = codec, asked_about, captioned
+        self.codec, self.asked_about, self.captioned, self.segmented = codec, asked_about, captioned, segmented
+        self.alike = nearest_codes(codec)
 
     def __iter__(self) -> Iterator[tuple[Tensor, PatchLabels, list[Rows]]]:
         rng = np.random.default_rng(self.seed)
         while True:
             scenes = self._draw(rng)
-            codes = encode_masks(self.codec, scenes[: self.asked_about])
+            heard = [mishear(rng, scene) for scene in scenes]
+            masks = told_masks(heard)
+            codes = encode_masks(self.codec, heard, masks)
             asked: list[tuple[int, tuple[str, str], Slip | None]] = [
                 (picture, pair, None)
                 for picture, scene in enumerate(scenes[: self.asked_about])
@@ -179,26 +192,83 @@ class SceneBatches(PatchBatches):
                 slips = rng.random() < SLIPS
                 text, slip = caption_with_slip(rng, scenes[picture]) if slips else (caption(scenes[picture]), None)
                 asked.append((picture, (CAPTION_PROMPT, text), slip))
+            for picture in range(further.stop, further.stop + self.segmented):
+                kind = int(rng.choice([thing.kind for thing in scenes[picture].objects]))
+                answer = segmentations(scenes[picture], kind, codes[picture])
+                asked.append((picture, (segment_prompt(kind), answer), None))
             # Rows of like length together, because each is padded to the longest of its chunk.
             asked.sort(key=lambda item: len(self.processor.tokenizer.encode(" ".join(item[1])).ids))
             chunks = [
-                collate(self.processor, *map(list, zip(*asked[start : start + ROWS_A_CHUNK])), rng)
+                collate(self.processor, *map(list, zip(*asked[start : start + ROWS_A_CHUNK])))
                 for start in range(0, len(asked), ROWS_A_CHUNK)
             ]
             pixel_values, labels = self._pixels_and_labels(scenes)
-            yield pixel_values, labels, [self._show(rows, scenes, labels) for rows in chunks]
+            chunks = [self._show(rows, scenes, heard, masks, labels) for rows in chunks]
+            yield pixel_values, labels, [replace(rows, input_ids=self._spoil(rng, rows.input_ids)) for rows in chunks]
 
-    def _show(self, rows: Rows, scenes: list[Scene], labels: PatchLabels) -> Rows:
-        looks = find_looks(self.processor.tokenizer, scenes, labels.ends, rows.pictures, rows.labels)
-        return replace(rows, looks=looks)
+    def _show(
+        self, rows: Rows, scenes: list[Scene], heard: list[Scene], masks: list[list[Tensor]], labels: PatchLabels
+    ) -> Rows:
+        """The rows with what they tell of boxes and masks, and with the boxes that codes follow read as they are heard."""
+        tokenizer = self.processor.tokenizer
+        boxes = find_boxes(tokenizer, scenes, rows.pictures, rows.labels)
+        traced = [told for told in boxes if told.has_codes]
+        input_ids = rows.input_ids.clone()
+        for told in traced:
+            ids = tokenizer.encode(loc_tokens(heard[told.picture].objects[told.place])).ids
+            input_ids[told.row, told.position + 1 : told.position + 1 + len(ids)] = torch.tensor(ids)
+        shapes = [masks[told.picture][told.place] for told in traced]
+        return replace(
+            rows,
+            input_ids=input_ids,
+            looks=find_looks(boxes, heard, labels.ends),
+            masks=torch.stack(shapes) if shapes else torch.zeros(0, MASK_SIDE, MASK_SIDE),
+        )
+
+    def _spoil(self, rng: np.random.Generator, input_ids: Tensor) -> Tensor:
+        """Input ids with half of their mask codes changed to others like them (word dropout, arXiv 1511.06349).
+
+        So each is learnt from the picture, and not from the ones before it, which will be less right than here.
+        """
+        codes = input_ids - self.processor.tokenizer.token_to_id(SEG_TOKENS[0])
+        is_code = (codes >= 0) & (codes < len(self.alike))
+        is_spoilt = is_code & torch.from_numpy(rng.random(codes.shape) < SPOILT_CODES)
+        choices = torch.from_numpy(rng.integers(ALIKE, size=codes.shape))
+        others = self.alike[codes.clamp(0, len(self.alike) - 1), choices]
+        return torch.where(is_spoilt, input_ids - codes + others, input_ids)
+
+
+def mishear(rng: np.random.Generator, scene: Scene) -> Scene:
+    """A scene with its boxes as a model may have told them: half of them a little wrong, all in whole steps.
+
+    Masks are to be told within these, so that a code mends what a coordinate has missed.
+    """
+    objects = []
+    for thing in scene.objects:
+        steps = np.array(loc_steps(thing.box))
+        if rng.random() < MISHEARD:
+            wrong = np.clip(steps + rng.normal(0, OFF, 4).round().astype(int), 0, LAST_STEP)
+            steps = wrong if (wrong[:2] < wrong[2:]).all() else steps
+        objects.append(replace(thing, box=tuple((steps * LOC_STEP / 1024).tolist())))
+    return replace(scene, objects=tuple(objects))
+
+
+def told_masks(scenes: list[Scene]) -> list[list[Tensor]]:
+    """For each scene, the masks of its objects within their boxes, float32 [64, 64] each."""
+    return [[fit_mask(scene.owners == thing.owner, thing.box) for thing in scene.objects] for scene in scenes]
 
 
 @torch.inference_mode()
-def encode_masks(codec: MaskCodec, scenes: list[Scene]) -> list[dict[int, list[int]]]:
+def encode_masks(codec: MaskCodec, scenes: list[Scene], masks: list[list[Tensor]]) -> list[dict[int, list[int]]]:
     """For each scene, the mask codes of each object by its owner."""
-    masks = [fit_mask(scene.mask(thing)) for scene in scenes for thing in scene.objects]
-    codes = iter(codec.encode(torch.stack(masks)).tolist())
+    codes = iter(codec.encode(torch.stack([mask for some in masks for mask in some])).tolist())
     return [{thing.owner: next(codes) for thing in scene.objects} for scene in scenes]
+
+
+@torch.inference_mode()
+def nearest_codes(codec: MaskCodec) -> Tensor:
+    """Int64 [codes, ALIKE]: by each code, those whose vectors are nearest, from itself on."""
+    return torch.cdist(codec.codebook, codec.codebook).topk(ALIKE, largest=False).indices.clone()
 
 
 def in_background(batches: IterableDataset) -> Iterator:

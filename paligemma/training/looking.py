@@ -20,10 +20,8 @@ from .losses import attention_loss
 from .patches import PatchLabels
 from .scenes import Box, Scene
 from .tasks import loc_tokens
-from .tokenizer import LOC_TOKENS, SEG_TOKENS
+from .tokenizer import SEG_TOKENS
 
-# Of the heads of the voice's layer that is shown where to look, one for coordinates and one for codes.
-END_HEAD, CELL_HEAD = 0, 2
 SIDES = 4  # of a box, and heads of the eye
 
 
@@ -31,26 +29,30 @@ SIDES = 4  # of a box, and heads of the eye
 class Looks:
     """Where the voice looks in a chunk of rows as it tells a coordinate or a code: N times in all.
 
-    rows, positions: int64 [N], the state that the token is told from. heads: int64 [N].
+    rows, positions: int64 [N], the state that the token is told from.
     patches: float32 [N, patches], how the attention should spread, with a sum of one.
     """
 
     rows: Tensor
     positions: Tensor
-    heads: Tensor
     patches: Tensor
 
 
-def find_looks(tokenizer: Tokenizer, scenes: list[Scene], ends: Tensor, pictures: Tensor, labels: Tensor) -> Looks:
-    """For rows of labels, int64 [R, T], about `pictures`, int64 [R].
+@dataclass(frozen=True)
+class Told:
+    """Where an object's box is told in a batch of rows: from which state of which row its first coordinate, and of what."""
 
-    Args:
-        scenes: all of them, and `ends`, bool [P, objects, 4, patches], of `PatchLabels`.
-    """
-    first_loc, first_seg = (tokenizer.token_to_id(tokens[0]) for tokens in (LOC_TOKENS, SEG_TOKENS))
-    patches = ends.shape[-1]
-    found: list[tuple[int, int, int]] = []
-    spreads: list[Tensor] = [torch.zeros(0, patches)]
+    row: int
+    position: int
+    picture: int
+    place: int
+    has_codes: bool
+
+
+def find_boxes(tokenizer: Tokenizer, scenes: list[Scene], pictures: Tensor, labels: Tensor) -> list[Told]:
+    """In rows of labels, int64 [R, T], about `pictures`, int64 [R], row by row."""
+    first_seg = tokenizer.token_to_id(SEG_TOKENS[0])
+    found = []
     boxes = {  # by picture, what is written of each object's box, and its number; a picture has several rows
         picture: {
             tuple(tokenizer.encode(loc_tokens(thing)).ids): place for place, thing in enumerate(scenes[picture].objects)
@@ -60,16 +62,30 @@ def find_looks(tokenizer: Tokenizer, scenes: list[Scene], ends: Tensor, pictures
     for row, (picture, tokens) in enumerate(zip(pictures.tolist(), labels.tolist())):
         for position in range(len(tokens) - SIDES):
             place = boxes[picture].get(tuple(tokens[position : position + SIDES]))
-            if place is None:
-                continue
-            found += [(row, position + side, END_HEAD) for side in range(SIDES)]
-            spreads.append(spread_evenly(ends[picture, place]))
-            after = position + SIDES
-            if first_seg <= tokens[after] < first_seg + len(SEG_TOKENS):
-                found += [(row, after + code, CELL_HEAD) for code in range(NUM_CODES)]
-                spreads.append(spread_over_cells(scenes[picture].objects[place].box, round(patches**0.5)))
-    rows, positions, heads = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).T
-    return Looks(rows, positions, heads, torch.cat(spreads))
+            if place is not None:
+                has_codes = first_seg <= tokens[position + SIDES] < first_seg + len(SEG_TOKENS)
+                found.append(Told(row, position, picture, place, has_codes))
+    return found
+
+
+def find_looks(boxes: list[Told], heard: list[Scene], ends: Tensor) -> Looks:
+    """For the coordinates of boxes, and for the codes that follow them.
+
+    Args:
+        heard: scenes with boxes as they are read before the codes.
+        ends: bool [P, objects, 4, patches], of `PatchLabels`.
+    """
+    patches = ends.shape[-1]
+    found: list[tuple[int, int]] = []
+    spreads: list[Tensor] = [torch.zeros(0, patches)]
+    for told in boxes:
+        found += [(told.row, told.position + side) for side in range(SIDES)]
+        spreads.append(spread_evenly(ends[told.picture, told.place]))
+        if told.has_codes:
+            found += [(told.row, told.position + SIDES + code) for code in range(NUM_CODES)]
+            spreads.append(spread_over_cells(heard[told.picture].objects[told.place].box, round(patches**0.5)))
+    rows, positions = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).T
+    return Looks(rows, positions, torch.cat(spreads))
 
 
 def spread_evenly(ends: Tensor) -> Tensor:
@@ -106,14 +122,15 @@ def eye_loss(layer: VisionLayer, hidden_states: Tensor, labels: PatchLabels) -> 
 
 
 def voice_loss(layer: GemmaLayer, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], looks: Looks) -> Tensor:
-    """How far a layer's heads are from looking where they should; `hidden_states`, float [R, T, width], are what it reads."""
+    """How far a layer is from looking where it should, with one head of each group that shares its keys and values.
+
+    `hidden_states`, float [R, T, width], are what it reads.
+    """
     attention, states = layer.self_attn, layer.input_layernorm(hidden_states)
     keys = rotate(attention.k_proj(states).unflatten(-1, (-1, attention.head_dim)), *rotary)  # [R, T, kv_heads, dim]
     queries = attention.q_proj(states[looks.rows, looks.positions]).unflatten(-1, (-1, attention.head_dim))
     queries = rotate(queries, *(part[looks.positions] for part in rotary))
-    numbers = torch.arange(len(looks.rows), device=states.device)
-    queries = queries[numbers, looks.heads].float()  # [N, dim]
-    keys = keys[looks.rows, :, looks.heads // attention.group].float()  # [N, T, dim]
-    logits = torch.einsum("nd,ntd->nt", queries, keys) * attention.head_dim**-0.5
-    is_later = torch.arange(keys.shape[1], device=states.device) > looks.positions[:, None]
-    return attention_loss(logits.masked_fill(is_later, float("-inf")), looks.patches)
+    queries, keys = queries[:, :: attention.group].float(), keys[looks.rows].float()
+    logits = torch.einsum("nkd,ntkd->nkt", queries, keys) * attention.head_dim**-0.5  # [N, kv_heads, T]
+    is_later = torch.arange(keys.shape[1], device=states.device) > looks.positions[:, None, None]
+    return attention_loss(logits.masked_fill(is_later, float("-inf")), looks.patches[:, None])

@@ -85,7 +85,8 @@ def attention_loss(logits: Tensor, wanted: Tensor) -> Tensor:
 
     Args:
         logits: float32 [..., S], before the softmax.
-        wanted: float32 [..., patches], which are the first of the S places; with a sum of one.
+        wanted: float32 [..., patches], which are the first of the S places; with a sum of one; or of a shape that
+            expands to that.
     """
     given = logits.log_softmax(-1)[..., : wanted.shape[-1]]
     divergences = (torch.special.xlogy(wanted, wanted) - wanted * given).sum(-1)

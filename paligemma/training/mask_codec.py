@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from ..mask_decoder import MASK_SIDE, MaskDecoder
-from .scenes import Painter
+from ..mask_decoder import MASK_SIDE, NUM_CODES, MaskDecoder
+from .scenes import Box, Painter
 
 CODES = 128
 CODE_WIDTH = 32
@@ -80,6 +80,23 @@ class MaskCodec(nn.Module):
         self.unused_for[dead] = 0
 
 
+def decoded_loss(decoder: MaskDecoder, logits: Tensor, masks: Tensor) -> Tensor:
+    """How far what is decoded of the likeliest codes is from masks: the mean of the pixels' cross-entropies, in nats.
+
+    The decoder learns what these codes mean, in masks of which some are always wrong. To the logits, the gradient goes as if
+    the mean of all codes' vectors, each as likely as it is, had been decoded (a straight-through estimate, arXiv 1308.3432).
+
+    Args:
+        logits: float32 [M * 16, codes]. masks: float32 [M, 64, 64], 0 or 1; M may be zero.
+    """
+    codebook = decoder._vq_vae["_embedding"]
+    mean = logits.softmax(-1) @ codebook.detach()
+    vectors = codebook[logits.argmax(-1)] + mean - mean.detach()
+    decoded = decoder.decode(vectors.unflatten(0, (len(masks), NUM_CODES)))
+    losses = F.binary_cross_entropy_with_logits(SHARPNESS * decoded.float(), masks, reduction="sum")
+    return losses / max(1, masks.numel())
+
+
 class MaskBatches(IterableDataset):
     """Endless masks, float32 [MASKS_A_BATCH, 64, 64], of single objects."""
 
@@ -93,9 +110,11 @@ class MaskBatches(IterableDataset):
             yield torch.stack([fit_mask(scene.mask(thing)) for scene in scenes for thing in scene.objects])
 
 
-def fit_mask(mask: np.ndarray) -> Tensor:
-    """A mask of any size within its box, bool [height, width], stretched to float32 [64, 64]."""
-    image = Image.fromarray(mask).convert("L").resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR)
+def fit_mask(mask: np.ndarray, box: Box = (0.0, 0.0, 1.0, 1.0)) -> Tensor:
+    """What lies in a box, in parts of a mask of any size, bool [height, width], stretched to float32 [64, 64]."""
+    height, width = mask.shape
+    corners = box[1] * width, box[0] * height, box[3] * width, box[2] * height
+    image = Image.fromarray(mask).convert("L").resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR, corners)
     return torch.from_numpy((np.asarray(image) >= 128).astype(np.float32))
 
 

@@ -27,7 +27,7 @@ def plot(folder: Path) -> Path:
         for name in (name for name in rows[0] if name not in NO_LOSSES):
             axes.plot(steps, [float(row[name]) for row in rows], label=name)
         axes.set(title=path.stem, xlabel="step", yscale="log")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="x-small")
     figure.supylabel("loss, smoothed")
     figure.savefig(folder / "losses.svg")
     return folder / "losses.svg"

@@ -6,7 +6,7 @@ import numpy as np
 
 from .artwork import KINDS
 from .colours import COLOURS
-from .scenes import MAX_OBJECTS, Scene, SceneObject
+from .scenes import MAX_OBJECTS, Box, Scene, SceneObject
 
 CAPTION_PROMPT = "caption en"
 DESCRIBE_PROMPT = "describe en"
@@ -15,6 +15,7 @@ BACKGROUND_PROMPT = "answer en what color is the background?"
 LARGEST_PROMPT = "answer en what is the largest object?"
 # Boxes are told in 1024ths, but a pixel of the small picture is nine of them: steps of eight lose nothing.
 LOC_STEP = 8
+LAST_STEP = 1024 // LOC_STEP - 1
 ASK_ABOUT_ABSENT = 0.11  # how often a question is about a kind that is not there
 LARGE, SMALL = 0.16, 0.06  # of the picture's area: from and up to which a box is called so
 CLEARLY_LARGER = 1.25  # times the area of the second largest box
@@ -145,8 +146,12 @@ def segmentations(scene: Scene, kind: int, codes: dict[int, list[int]]) -> str:
 
 
 def loc_tokens(thing: SceneObject) -> str:
-    last = 1024 // LOC_STEP - 1
-    return "".join(f"<loc{min(round(side * 1024 / LOC_STEP), last) * LOC_STEP:04d}>" for side in thing.box)
+    return "".join(f"<loc{step * LOC_STEP:04d}>" for step in loc_steps(thing.box))
+
+
+def loc_steps(box: Box) -> list[int]:
+    """Where the sides of a box are told to be, in steps of `LOC_STEP` 1024ths of the picture."""
+    return [min(round(side * 1024 / LOC_STEP), LAST_STEP) for side in box]
 
 
 def prompts_and_answers(

@@ -12,6 +12,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `deeper`: the same, with more layers between what the voice begins and ends with, to relate objects in.
 - `keener`: the same, with more layers in the eye, and with an optimiser that learns more from each step.
 - `pointed`: the same, with one more layer at the eye's end, and shown where to look for a box's sides and a mask's codes.
+- `traced`: the same, with more masks, judged by what is decoded of them; their decoder learns from what the voice says.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import save_checkpoint
 from ..config import PaliGemmaConfig
+from ..mask_decoder import MaskDecoder
 from ..model import PaliGemma
 from ..processor import Processor
 from . import contrastive, looking, naming
@@ -40,7 +42,7 @@ from .batches import CropBatches, PatchBatches, Rows, SceneBatches, in_backgroun
 from .contrastive import CROP_SIZE
 from .loop import Run, checkpoint_gradients
 from .losses import TokenRisk, answer_loss
-from .mask_codec import MaskBatches, MaskCodec, reconstruction_iou
+from .mask_codec import CODE_WIDTH, CODES, WIDTH, MaskBatches, MaskCodec, decoded_loss, reconstruction_iou
 from .patches import PatchHeads, PatchLabels, PatchModel, RelationHeads
 from .scenes import MAX_OBJECTS, Painter
 from .start import EYE_LAYERS, IMAGE_SIZE, TEXT_LAYERS, deepen, initialise, resize_positions, tiny_config
@@ -51,6 +53,7 @@ SCENES_A_BATCH = 64  # for the eye
 PICTURES_A_BATCH = 12  # for the voice, with about five rows each
 FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
 CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
+TRACING_CAPTIONED_PICTURES, SEGMENTED_PICTURES = 12, 24  # of these, once masks matter most
 FIRST_MAX_OBJECTS = 2
 FIRST_IMAGE_SIZE = 112  # pixels, in most stages: a picture of `IMAGE_SIZE` costs more than twice as much
 FIRST_EYE_LAYERS = 6
@@ -67,6 +70,7 @@ STEPS = {
     "deeper": 2050,
     "keener": 1600,
     "pointed": 2000,
+    "traced": 1750,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -79,14 +83,17 @@ PEAKS = {
     "deeper": 8e-4,
     "keener": 6e-4,
     "pointed": 4e-4,
+    "traced": 4e-4,
 }
 POSITIONS = "embeddings.position_embedding.weight"  # of an eye's state
 JUDGED = 500  # fresh crops that the first two stages are judged by
 EYE_SLOWNESS = 0.4  # the part of the rate at which the eye learns when all do, since it has learnt so much already
 DEEPER_EYE_SLOWNESS = 0.6  # once it has new layers
-POINTING_HASTE = 2.0  # times the rate at which the eye's last layer learns when it is new
+HASTE = 2.0  # of a part that has much to learn while the others do not
 PATCH_WEIGHT = 0.5  # of the patches' losses beside the answers'
 EYE_LOOK_WEIGHT, VOICE_LOOK_WEIGHT = 0.5, 0.3  # of being shown where to look
+MASK_WEIGHT = 2.0  # of what is decoded of the codes that are said
+LOOKING_LAYERS = range(-3, -1)  # of the decoder, which are shown where to look
 SPEAKING_LAYERS = 2  # of the decoder: before these, its states at an object's patches tell how it relates to the others
 
 
@@ -143,11 +150,15 @@ class Studio:
         codec.load_state_dict(self.saved("masks"))
         return codec.eval()
 
+    def first_code(self) -> int:
+        """The id of the first of the mask codes."""
+        return self.processor.tokenizer.token_to_id(SEG_TOKENS[0])
+
     def risks(self) -> list[TokenRisk]:
-        first_loc, first_seg = (self.processor.tokenizer.token_to_id(tokens[0]) for tokens in (LOC_TOKENS, SEG_TOKENS))
+        first_loc = self.processor.tokenizer.token_to_id(LOC_TOKENS[0])
         risks = (
             TokenRisk.of_coordinates(first_loc, len(LOC_TOKENS)),
-            TokenRisk.of_codes(first_seg, self.codec().codebook.detach()),
+            TokenRisk.of_codes(self.first_code(), self.codec().codebook.detach()),
         )
         return [risk.to(self.device) for risk in risks]
 
@@ -268,11 +279,12 @@ def recorded(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class Together(nn.Module):
-    """The whole model, the patches' heads, which keep the eye at what it knows, and those that relate objects."""
+    """The whole model, its masks' decoder, the patches' heads, which keep the eye at what it knows, and those that relate objects."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.model = PaliGemma(config)
+        self.mask_decoder = MaskDecoder(CODES, CODE_WIDTH, WIDTH)
         self.heads = PatchHeads(config.vision.hidden_size)
         self.relations = RelationHeads(config.text.hidden_size)
 
@@ -283,26 +295,45 @@ class Together(nn.Module):
         chunks: list[Rows],
         risks: Sequence[TokenRisk],
         shows_looks: bool = False,
+        first_code: int | None = None,
     ) -> dict[str, Tensor]:
         """The answers' and the relations'; `image_features` are projected, of the first of the pictures of `labels`.
 
-        Beside them, if it is asked for, how far the first speaking layer is from looking where the chunks show.
+        Beside them, if it is asked for, how far the voice is from looking where the chunks show, and, if the id of the first
+        mask code is given, how far what is decoded of the codes is from the masks.
         """
         voice = self.model.language_model
-        with recorded(voice.layers[-1 - SPEAKING_LAYERS]) as outputs:
+        with ExitStack() as stack:
+            read = {index: stack.enter_context(recorded(voice.layers[index - 1])) for index in LOOKING_LAYERS}
+            related = stack.enter_context(recorded(voice.layers[-1 - SPEAKING_LAYERS]))
+            last = stack.enter_context(recorded(voice.norm))
             answers = rows_loss(self.model, image_features, chunks, risks)
-        states = torch.cat([output[:, : image_features.shape[1]] for output in outputs])
+        states = torch.cat([output[:, : image_features.shape[1]] for output in related])
         pictures = torch.cat([rows.pictures for rows in chunks])
         losses = {"answers": answers, **self.relations.losses(states, pictures, labels)}
         if shows_looks:
-            layer = voice.layers[-SPEAKING_LAYERS]
-            looks = 0.0
-            for output, rows in zip(outputs, chunks):
-                rotary = voice.rotary(slice(0, output.shape[1]), output.dtype)
-                looks = looks + len(rows.looks.rows) * looking.voice_loss(layer, output, rotary, rows.looks)
-            looks = looks / max(1, sum(len(rows.looks.rows) for rows in chunks))
-            losses["voice_looks"] = VOICE_LOOK_WEIGHT * looks
+            looks = [self._looks_loss(index, outputs, chunks) for index, outputs in read.items()]
+            losses["voice_looks"] = VOICE_LOOK_WEIGHT * sum(looks) / len(looks)
+        if first_code is not None:
+            losses["masks"] = MASK_WEIGHT * self._masks_loss(last, chunks, first_code)
         return losses
+
+    def _looks_loss(self, index: int, outputs: list[Tensor], chunks: list[Rows]) -> Tensor:
+        """Of a layer of the voice; `outputs`, of the one before it, by chunk."""
+        voice, total = self.model.language_model, 0.0
+        for output, rows in zip(outputs, chunks, strict=True):
+            rotary = voice.rotary(slice(0, output.shape[1]), output.dtype)
+            total = total + len(rows.looks.rows) * looking.voice_loss(voice.layers[index], output, rotary, rows.looks)
+        return total / max(1, sum(len(rows.looks.rows) for rows in chunks))
+
+    def _masks_loss(self, outputs: list[Tensor], chunks: list[Rows], first_code: int) -> Tensor:
+        """Of what is decoded of the likeliest codes; `outputs`, of the voice's last norm, by chunk."""
+        states = []
+        for output, rows in zip(outputs, chunks, strict=True):
+            labels = rows.labels[:, rows.first :]
+            states.append(output[(labels >= first_code) & (labels < first_code + CODES)])
+        logits = self.model.language_model.logits(torch.cat(states))[:, first_code : first_code + CODES]
+        return decoded_loss(self.mask_decoder, logits, torch.cat([rows.masks for rows in chunks]))
 
 
 def train_voice(studio: Studio) -> None:
@@ -312,6 +343,7 @@ def train_voice(studio: Studio) -> None:
     initialise(model, studio.processor.tokenizer, seeing.heads.seen(), seeing.heads.told())
     model.vision_tower.load_state_dict(seeing.vision_tower.state_dict())
     together.heads.load_state_dict(seeing.heads.state_dict())
+    together.mask_decoder.load_state_dict(studio.codec().mask_decoder.state_dict())
     # While the voice is still random, its gradients would undo what the eye has learnt.
     model.vision_tower.requires_grad_(False)
     together.heads.requires_grad_(False)
@@ -330,48 +362,74 @@ def train_voice(studio: Studio) -> None:
 
 
 def train_together(studio: Studio) -> None:
-    _train_all(studio, "together", "voice")
+    _train_all(studio, "together", Lessons("voice"))
 
 
 def train_larger(studio: Studio) -> None:
-    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE)), "larger", "together")
+    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE)), "larger", Lessons("together"))
 
 
 def train_deeper(studio: Studio) -> None:
     processor = tiny_processor(IMAGE_SIZE, text_layers=TEXT_LAYERS)
-    _train_all(replace(studio, processor=processor), "deeper", "larger")
+    _train_all(replace(studio, processor=processor), "deeper", Lessons("larger"))
 
 
 def train_keener(studio: Studio) -> None:
     processor = tiny_processor(IMAGE_SIZE, KEENER_EYE_LAYERS, TEXT_LAYERS)
-    _train_all(replace(studio, processor=processor), "keener", "deeper", DEEPER_EYE_SLOWNESS, with_muon=True)
+    lessons = Lessons("deeper", DEEPER_EYE_SLOWNESS, with_muon=True)
+    _train_all(replace(studio, processor=processor), "keener", lessons)
 
 
 def train_pointed(studio: Studio) -> None:
-    studio = replace(studio, processor=tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS))
-    _train_all(studio, "pointed", "keener", DEEPER_EYE_SLOWNESS, with_muon=True, shows_looks=True)
+    processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
+    lessons = Lessons("keener", DEEPER_EYE_SLOWNESS, with_muon=True, eye_grows_last=True, shows_looks=True)
+    _train_all(replace(studio, processor=processor), "pointed", lessons)
 
 
-def _train_all(
-    studio: Studio,
-    stage: str,
-    forerunner: str,
-    eye_slowness: float = EYE_SLOWNESS,
-    with_muon: bool = False,
-    shows_looks: bool = False,
-) -> None:
-    """`shows_looks`: a new layer of the eye comes last, and that and the voice's first speaking one are shown where to look."""
+def train_traced(studio: Studio) -> None:
+    processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
+    lessons = Lessons("pointed", DEEPER_EYE_SLOWNESS, with_muon=True, shows_looks=True, traces_masks=True)
+    _train_all(replace(studio, processor=processor), "traced", lessons)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What differs between the stages in which all learn.
+
+    forerunner: the stage that this one goes on from.
+    eye_slowness: the part of the rate at which the eye learns.
+    with_muon: whether it moves the model's matrices.
+    eye_grows_last: whether the eye's new layer comes at its end, to learn in haste, and not in the middle.
+    shows_looks: whether the eye's last layer, and some of the voice's, are shown where to look.
+    traces_masks: whether masks are asked for more often, and judged by what is decoded of them.
+    """
+
+    forerunner: str
+    eye_slowness: float = EYE_SLOWNESS
+    with_muon: bool = False
+    eye_grows_last: bool = False
+    shows_looks: bool = False
+    traces_masks: bool = False
+
+
+def _train_all(studio: Studio, stage: str, lessons: Lessons) -> None:
     together = Together(studio.processor.config)
-    together.load_state_dict(_grown(studio.saved(forerunner), studio.processor.config, eye_grows_last=shows_looks))
+    state = _grown(studio.saved(lessons.forerunner), studio.processor.config, lessons.eye_grows_last)
+    together.load_state_dict(state)
     model = together.model
     eye = model.vision_tower.encoder["layers"]
     studio.prepare(eye, model.language_model.layers)
     # Of the model itself: Muon is for matrices between hidden states, not for what embeds or reads out.
-    matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)] if with_muon else []
-    factors = {model.vision_tower: eye_slowness} | ({eye[-1]: POINTING_HASTE} if shows_looks else {})
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)] if lessons.with_muon else []
+    factors = {model.vision_tower: lessons.eye_slowness, together.mask_decoder: HASTE}
+    if lessons.eye_grows_last:
+        factors[eye[-1]] = HASTE
     run = studio.run(stage, together, factors, matrices)
-    batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES, CAPTIONED_PICTURES)
-    risks = studio.risks()
+    captioned, segmented = CAPTIONED_PICTURES, 0
+    if lessons.traces_masks:
+        captioned, segmented = TRACING_CAPTIONED_PICTURES, SEGMENTED_PICTURES
+    batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES, captioned, segmented)
+    risks, first_code = studio.risks(), studio.first_code() if lessons.traces_masks else None
 
     def losses() -> dict[str, Tensor]:
         pixel_values, labels, chunks = next(batches)
@@ -379,16 +437,16 @@ def _train_all(
         with recorded(eye[-2]) as outputs:
             features = model.vision_tower(pixel_values.to(studio.device))
         patches = together.heads.losses(features, labels)
-        projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + CAPTIONED_PICTURES])
-        answers = together.answer_losses(projected, labels, chunks, risks, shows_looks)
+        projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + captioned + segmented])
+        answers = together.answer_losses(projected, labels, chunks, risks, lessons.shows_looks, first_code)
         losses = {**answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
-        if shows_looks:
+        if lessons.shows_looks:
             losses["eye_looks"] = EYE_LOOK_WEIGHT * looking.eye_loss(eye[-1], outputs[0], labels)
         return losses
 
     run.train(losses)
     save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16, is_feed_forward)
-    decoder = studio.codec().mask_decoder.state_dict()
+    decoder = together.mask_decoder.cpu().state_dict()
     save_file({name: value.bfloat16() for name, value in decoder.items()}, studio.folder / "mask_decoder.safetensors")
 
 
@@ -415,7 +473,7 @@ def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig, eye_grows_last: 
 
 
 def _scene_batches(
-    studio: Studio, stage: str, run: Run, max_objects: Tensor, further: int = 0, captioned: int = 0
+    studio: Studio, stage: str, run: Run, max_objects: Tensor, further: int = 0, captioned: int = 0, segmented: int = 0
 ) -> Iterator:
     return in_background(
         SceneBatches(
@@ -427,6 +485,7 @@ def _scene_batches(
             studio.codec(),
             PICTURES_A_BATCH,
             captioned,
+            segmented,
         )
     )
 
@@ -442,6 +501,7 @@ STAGES: dict[str, Callable[[Studio], None]] = {
     "deeper": train_deeper,
     "keener": train_keener,
     "pointed": train_pointed,
+    "traced": train_traced,
 }
 
 
