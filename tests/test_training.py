@@ -22,7 +22,18 @@ from paligemma import gemma, siglip
 from paligemma.annotations import find_detections
 from paligemma.mask_decoder import MaskDecoder
 from paligemma.model import PaliGemma
-from paligemma.training import artwork, batches, contrastive, evaluate, looking, loop, mask_codec, naming, train
+from paligemma.training import (
+    artwork,
+    augmentation,
+    batches,
+    contrastive,
+    evaluate,
+    looking,
+    loop,
+    mask_codec,
+    naming,
+    train,
+)
 from paligemma.training.artwork import KINDS, STYLES, Sprites, load_folder, load_sheet, load_sprites, pack_sheet
 from paligemma.training.augmentation import restyle
 from paligemma.training.batches import SceneBatches, collate, encode_masks, mishear, nearest_codes, told_masks
@@ -158,6 +169,16 @@ def test_a_restyled_drawing_fills_the_frame_as_before():
     overlaps = [(plain & silhouette).sum() / (plain | silhouette).sum() for silhouette in silhouettes]
     assert 0.6 < min(overlaps) < 0.97, "some have other proportions, and are still the same thing"
     assert max(overlaps) == 1
+
+
+def test_lines_lie_where_a_drawing_changes_and_are_as_thick_as_they_should_be():
+    square = np.zeros((40, 40, 4), np.float32)
+    square[10:30, 10:30] = 1
+    thin, thick = (
+        augmentation._lines(square[..., :3], square[..., 3:], thickness)[..., 0] > 0.5 for thickness in (0, 2)
+    )
+    assert np.flatnonzero(thin[20]).tolist() == [9, 10, 29, 30]
+    assert np.flatnonzero(thick[20]).tolist() == [*range(7, 13), *range(27, 33)]
 
 
 def test_a_painted_word_is_there_to_be_read(painter, fonts):
