@@ -70,8 +70,9 @@ def _lines(colours: np.ndarray, alpha: np.ndarray, thickness: int) -> np.ndarray
     drawn = np.concatenate([colours * alpha, 2 * alpha], axis=-1)
     edges = np.zeros(alpha.shape[:2], np.float32)
     down, across = np.abs(np.diff(drawn, axis=0)).max(-1), np.abs(np.diff(drawn, axis=1)).max(-1)
-    edges[:-1], edges[1:] = np.maximum(edges[:-1], down), np.maximum(edges[1:], down)
-    edges[:, :-1], edges[:, 1:] = np.maximum(edges[:, :-1], across), np.maximum(edges[:, 1:], across)
+    # The pixels on both sides of a change.
+    for side, change in ((np.s_[:-1], down), (np.s_[1:], down), (np.s_[:, :-1], across), (np.s_[:, 1:], across)):
+        edges[side] = np.maximum(edges[side], change)
     lines = np.clip(4 * edges - 0.5, 0, 1)
     if thickness:
         image = Image.fromarray((255 * lines).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * thickness + 1))
