@@ -268,7 +268,7 @@ def encode_masks(codec: MaskCodec, scenes: list[Scene], masks: list[list[Tensor]
 @torch.inference_mode()
 def nearest_codes(codec: MaskCodec) -> Tensor:
     """Int64 [codes, ALIKE]: by each code, those whose vectors are nearest, from itself on."""
-    return torch.cdist(codec.codebook, codec.codebook).topk(ALIKE, largest=False).indices.clone()
+    return torch.cdist(codec.codebook, codec.codebook).topk(ALIKE, largest=False).indices
 
 
 def in_background(batches: IterableDataset) -> Iterator:

@@ -361,6 +361,26 @@ def train_voice(studio: Studio) -> None:
     run.train(losses)
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """What differs between the stages in which all learn.
+
+    forerunner: the stage that this one goes on from.
+    eye_slowness: the part of the rate at which the eye learns.
+    with_muon: whether it moves the model's matrices.
+    eye_grows_last: whether the eye's new layer comes at its end, to learn in haste, and not in the middle.
+    shows_looks: whether the eye's last layer, and some of the voice's, are shown where to look.
+    traces_masks: whether masks are asked for more often, and judged by what is decoded of them.
+    """
+
+    forerunner: str
+    eye_slowness: float = EYE_SLOWNESS
+    with_muon: bool = False
+    eye_grows_last: bool = False
+    shows_looks: bool = False
+    traces_masks: bool = False
+
+
 def train_together(studio: Studio) -> None:
     _train_all(studio, "together", Lessons("voice"))
 
@@ -390,26 +410,6 @@ def train_traced(studio: Studio) -> None:
     processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
     lessons = Lessons("pointed", DEEPER_EYE_SLOWNESS, with_muon=True, shows_looks=True, traces_masks=True)
     _train_all(replace(studio, processor=processor), "traced", lessons)
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """What differs between the stages in which all learn.
-
-    forerunner: the stage that this one goes on from.
-    eye_slowness: the part of the rate at which the eye learns.
-    with_muon: whether it moves the model's matrices.
-    eye_grows_last: whether the eye's new layer comes at its end, to learn in haste, and not in the middle.
-    shows_looks: whether the eye's last layer, and some of the voice's, are shown where to look.
-    traces_masks: whether masks are asked for more often, and judged by what is decoded of them.
-    """
-
-    forerunner: str
-    eye_slowness: float = EYE_SLOWNESS
-    with_muon: bool = False
-    eye_grows_last: bool = False
-    shows_looks: bool = False
-    traces_masks: bool = False
 
 
 def _train_all(studio: Studio, stage: str, lessons: Lessons) -> None:
