@@ -179,6 +179,34 @@ def test_lines_lie_where_a_drawing_changes_and_are_as_thick_as_they_should_be():
     )
     assert np.flatnonzero(thin[20]).tolist() == [9, 10, 29, 30]
     assert np.flatnonzero(thick[20]).tolist() == [*range(7, 13), *range(27, 33)]
+    full = np.ones((9, 9, 4), np.float32)
+    framed = augmentation._lines(full[..., :3], full[..., 3:], 0)[..., 0] > 0.5
+    assert np.flatnonzero(framed[4]).tolist() == [0, 8], "a drawing that fills its frame ends there as well"
+
+
+def test_a_flattened_drawing_has_a_few_colours_and_no_fine_details():
+    rng = np.random.default_rng(0)
+    drawing = np.ones((40, 40, 4), np.float32)
+    drawing[..., :3] = np.linspace(0, 1, 40)[:, None, None]
+    drawing[20, 20, :3] = 1, 0, 0  # a speck
+    drawing[:, 30:] = 0, 1, 0, 0  # what is not drawn
+    means = []
+    for _ in range(20):
+        flat = augmentation._flatten(rng, drawing[..., :3], drawing[..., 3:])
+        assert flat.shape == (40, 40, 3)
+        assert 2 <= len(np.unique(flat[:, :30].reshape(-1, 3), axis=0)) <= 7
+        assert np.array_equal(flat[20, 20], flat[20, 19])
+        means.append(flat[:, :27].mean(1))
+    faithful = [np.abs(mean - drawing[:, 0, :3]).max() < 0.25 for mean in means]
+    assert 0 < sum(faithful) < 20, "some have other colours in places, some have not"
+
+
+def test_proportions_change_otherwise_on_the_left_than_on_the_right():
+    rows = np.repeat(np.linspace(0, 1, 41, dtype=np.float32)[:, None], 30, axis=1)[..., None]
+    drawn = augmentation._proportion(np.random.default_rng(0), rows)[..., 0]
+    assert np.array_equal(drawn[[0, -1]], rows[[0, -1], :, 0])
+    assert (np.diff(drawn, axis=0) > 0).all(), "nothing is upside down"
+    assert np.abs(drawn[:, 0] - drawn[:, -1]).max() > 0.02
 
 
 def test_a_painted_word_is_there_to_be_read(painter, fonts):

@@ -15,6 +15,7 @@ MAX_TURN = 20  # degrees, either way
 MAX_SHEAR = 0.15
 MAX_STRETCH = 1.25
 MAX_BULGE = 0.45  # by how much parts of a drawing grow at the cost of others; below 1
+MAX_THICKNESS = 0.02  # of a line, beyond two pixels, to either side and in parts of the drawing
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -40,7 +41,12 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     if rng.random() < 0.5:
         pixels = _proportion(rng, _proportion(rng, pixels).swapaxes(0, 1)).swapaxes(0, 1)
     colours, alpha = pixels[..., :3], pixels[..., 3:]
-    lines = _lines(colours, alpha, thickness=int(rng.integers(2))) if rng.random() < 0.4 else None
+    is_flat = rng.random() < 0.4
+    if is_flat:
+        colours = _flatten(rng, colours, alpha)
+    lines = None
+    if rng.random() < (0.7 if is_flat else 0.35):
+        lines = _lines(colours, alpha, thickness=round(max(alpha.shape) * rng.uniform(0, MAX_THICKNESS)))
     if rng.random() < 0.5:
         colours = _recolour(rng, colours)
     if rng.random() < 0.3:
@@ -54,21 +60,40 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
 
 
 def _proportion(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Draw some rows closer together and others further apart; the first and the last stay where they are."""
-    height = len(pixels)
-    wanted = np.linspace(0, 1, height)
+    """Draw some rows closer together and others further apart, and not the same ones on the left and on the right.
+
+    The first and the last stay where they are.
+    """
+    height, width = pixels.shape[:2]
+    wanted = np.linspace(0, 1, height)[:, None]
     waves = rng.integers(1, 3)
-    places = wanted + rng.uniform(-MAX_BULGE, MAX_BULGE) * np.sin(waves * np.pi * wanted) / (waves * np.pi)
+    bulges = np.linspace(*rng.uniform(-MAX_BULGE, MAX_BULGE, 2), width)
+    places = wanted + bulges * np.sin(waves * np.pi * wanted) / (waves * np.pi)
     places *= height - 1
-    above = np.minimum(places.astype(int), max(0, height - 2))
-    share = (places - above).astype(np.float32)[:, None, None]
-    return pixels[above] * (1 - share) + pixels[np.minimum(above + 1, height - 1)] * share
+    above, columns = np.minimum(places.astype(int), max(0, height - 2)), np.arange(width)
+    share = (places - above).astype(np.float32)[..., None]
+    return pixels[above, columns] * (1 - share) + pixels[np.minimum(above + 1, height - 1), columns] * share
+
+
+def _flatten(rng: np.random.Generator, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """A few areas of one colour each, some of them another than it was, and without the finest details."""
+    mean = (colours * alpha).sum((0, 1)) / max(alpha.sum(), 1e-3)
+    solid = colours * alpha + mean * (1 - alpha)  # what is not drawn takes no colour of its own
+    image = Image.fromarray(np.clip(255 * solid, 0, 255).astype(np.uint8))
+    image = image.filter(ImageFilter.MedianFilter(int(rng.choice([3, 5])))).quantize(int(rng.integers(3, 8)))
+    palette = np.array(image.getpalette(), np.float32).reshape(-1, 3) / 255
+    is_other = rng.random(len(palette)) < 0.25
+    palette[is_other] = rng.random((is_other.sum(), 3))
+    return palette[np.asarray(image)]
 
 
 def _lines(colours: np.ndarray, alpha: np.ndarray, thickness: int) -> np.ndarray:
-    """How much of a line each pixel is, float [height, width, 1]: where, within `thickness` pixels, colour or silhouette changes."""
-    drawn = np.concatenate([colours * alpha, 2 * alpha], axis=-1)
-    edges = np.zeros(alpha.shape[:2], np.float32)
+    """How much of a line each pixel is, float [height, width, 1].
+
+    Lines are where, within `thickness` pixels, colour or silhouette changes, also where the frame cuts it.
+    """
+    drawn = np.pad(np.concatenate([colours * alpha, 2 * alpha], axis=-1), ((1, 1), (1, 1), (0, 0)))
+    edges = np.zeros(drawn.shape[:2], np.float32)
     down, across = np.abs(np.diff(drawn, axis=0)).max(-1), np.abs(np.diff(drawn, axis=1)).max(-1)
     # The pixels on both sides of a change.
     for side, change in ((np.s_[:-1], down), (np.s_[1:], down), (np.s_[:, :-1], across), (np.s_[:, 1:], across)):
@@ -77,7 +102,7 @@ def _lines(colours: np.ndarray, alpha: np.ndarray, thickness: int) -> np.ndarray
     if thickness:
         image = Image.fromarray((255 * lines).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * thickness + 1))
         lines = np.asarray(image, np.float32) / 255
-    return lines[..., None]
+    return lines[1:-1, 1:-1, None]
 
 
 def _recolour(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:
