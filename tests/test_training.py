@@ -786,6 +786,36 @@ def test_what_is_decoded_of_the_codes_teaches_all_that_says_them(tiny, painter):
         assert sum(float(weight.grad.abs().sum()) for weight in part.parameters() if weight.grad is not None) > 0
 
 
+def test_codes_are_read_as_the_voice_says_them(tiny, painter, monkeypatch):
+    torch.manual_seed(0)
+    scenes = SceneBatches(tiny.processor, painter, 4, torch.tensor(2), 0, MaskCodec().eval(), 1, 1, 2)
+    pixel_values, _, chunks = next(iter(scenes))
+    together = train.Together(tiny.config)
+    first_code = tiny.processor.tokenizer.token_to_id("<seg000>")
+    with torch.no_grad():
+        features = together.model.image_features(pixel_values)
+    some = [together.with_said_codes(features, rows, first_code) for rows in chunks]
+    monkeypatch.setattr(train, "READINGS", 2 * 16 + 1)  # after so many, all codes come after such as it says itself
+    told = 0
+    for rows, first, last in zip(
+        chunks, some, (together.with_said_codes(features, rows, first_code) for rows in chunks)
+    ):
+        is_code = (rows.input_ids >= first_code) & (rows.input_ids < first_code + 128)
+        assert torch.equal(last.input_ids[~is_code], rows.input_ids[~is_code])
+        with torch.no_grad():
+            states = together.model.hidden_states(
+                features[rows.pictures], last.input_ids, rows.prefix_lengths, rows.attention_mask
+            )
+            said = together.model.language_model.logits(states)[..., first_code : first_code + 128].argmax(-1)
+        assert torch.equal(said[:, :-1][is_code[:, 1:]], last.input_ids[is_code] - first_code)
+        for row, codes in enumerate(is_code):
+            place = codes.nonzero()[:2, 0]  # of the first two codes
+            assert torch.equal(first.input_ids[row, place], last.input_ids[row, place])
+            told += len(place)
+    assert told >= 4
+    assert any(not torch.equal(rows.input_ids, first.input_ids) for rows, first in zip(chunks, some))
+
+
 def test_a_code_tells_of_its_own_cell_only():
     torch.manual_seed(0)
     codec, masks = MaskCodec().eval(), (torch.rand(1, 64, 64) > 0.5).float()
@@ -974,13 +1004,14 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     train.STAGES["pointed"](replace(studio, steps=studio.steps | {"pointed": 21}))  # from what Muon has saved as well
 
     train.STAGES["traced"](studio)
+    train.STAGES["finer"](studio)
 
     from paligemma import load
 
     vlm = load(tmp_path)
     decoder, first = vlm.mask_decoder.state_dict(), studio.codec().mask_decoder.state_dict()
     assert any((decoder[name] - first[name].bfloat16()).abs().max() > 0 for name in first), "the decoder learns as well"
-    assert vlm.config.vision.image_size == IMAGE_SIZE > train.FIRST_IMAGE_SIZE
+    assert vlm.config.vision.image_size == IMAGE_SIZE > train.LARGER_IMAGE_SIZE > train.FIRST_IMAGE_SIZE
     assert vlm.config.vision.num_hidden_layers == EYE_LAYERS > train.KEENER_EYE_LAYERS > train.FIRST_EYE_LAYERS
     assert vlm.config.text.num_hidden_layers == TEXT_LAYERS > train.FIRST_TEXT_LAYERS
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}

@@ -14,7 +14,7 @@ from ..gemma import GemmaAttention
 from ..model import PaliGemma
 from .tokenizer import LOC_TOKENS
 
-IMAGE_SIZE = 168  # pixels of a picture's side, as the checkpoint ships
+IMAGE_SIZE = 224  # pixels of a picture's side, as the checkpoint ships
 EYE_LAYERS = 9
 TEXT_LAYERS = 6  # of its voice
 # What of a layer is added to the residual stream, in the eye and in the voice.

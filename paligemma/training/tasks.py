@@ -13,7 +13,7 @@ DESCRIBE_PROMPT = "describe en"
 OCR_PROMPT = "ocr"
 BACKGROUND_PROMPT = "answer en what color is the background?"
 LARGEST_PROMPT = "answer en what is the largest object?"
-# Boxes are told in 1024ths, but a pixel of the small picture is nine of them: steps of eight lose nothing.
+# Boxes are told in 1024ths, in steps of eight: less than two pixels of the largest pictures, and an eighth of the words.
 LOC_STEP = 8
 LAST_STEP = 1024 // LOC_STEP - 1
 ASK_ABOUT_ABSENT = 0.11  # how often a question is about a kind that is not there

@@ -13,6 +13,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `keener`: the same, with more layers in the eye, and with an optimiser that learns more from each step.
 - `pointed`: the same, with one more layer at the eye's end, and shown where to look for a box's sides and a mask's codes.
 - `traced`: the same, with more masks, judged by what is decoded of them; their decoder learns from what the voice says.
+- `finer`: the same, on still larger pictures, and with the codes that are read being those that the voice has said.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -55,7 +56,10 @@ FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
 CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
 TRACING_CAPTIONED_PICTURES, SEGMENTED_PICTURES = 12, 24  # of these, once masks matter most
 FIRST_MAX_OBJECTS = 2
-FIRST_IMAGE_SIZE = 112  # pixels, in most stages: a picture of `IMAGE_SIZE` costs more than twice as much
+FIRST_IMAGE_SIZE = (
+    112  # pixels, as long as the most is to be learnt: a picture of `IMAGE_SIZE` costs four times as much
+)
+LARGER_IMAGE_SIZE = 168
 FIRST_EYE_LAYERS = 6
 FIRST_TEXT_LAYERS = 4  # of the voice
 KEENER_EYE_LAYERS = 8
@@ -71,6 +75,7 @@ STEPS = {
     "keener": 1600,
     "pointed": 2000,
     "traced": 1750,
+    "finer": 850,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -84,6 +89,7 @@ PEAKS = {
     "keener": 6e-4,
     "pointed": 4e-4,
     "traced": 4e-4,
+    "finer": 4e-4,
 }
 POSITIONS = "embeddings.position_embedding.weight"  # of an eye's state
 JUDGED = 500  # fresh crops that the first two stages are judged by
@@ -93,6 +99,7 @@ HASTE = 2.0  # of a part that has much to learn while the others do not
 PATCH_WEIGHT = 0.5  # of the patches' losses beside the answers'
 EYE_LOOK_WEIGHT, VOICE_LOOK_WEIGHT = 0.5, 0.3  # of being shown where to look
 MASK_WEIGHT = 2.0  # of what is decoded of the codes that are said
+READINGS = 2  # until a row has the voice's own codes: after the first they still tell something of the true ones
 LOOKING_LAYERS = range(-3, -1)  # of the decoder, which are shown where to look
 SPEAKING_LAYERS = 2  # of the decoder: before these, its states at an object's patches tell how it relates to the others
 
@@ -318,6 +325,28 @@ class Together(nn.Module):
             losses["masks"] = MASK_WEIGHT * self._masks_loss(last, chunks, first_code)
         return losses
 
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # Inductor of torch 2.13 fails on these layers without gradients on a CPU
+    def with_said_codes(self, image_features: Tensor, rows: Rows, first_code: int) -> Rows:
+        """The rows with the codes that are read as the voice says them, for it to go on from (DAgger, arXiv 1011.0686).
+
+        `image_features` are projected.
+        """
+        is_label, is_read = ((ids >= first_code) & (ids < first_code + CODES) for ids in (rows.labels, rows.input_ids))
+        chosen = is_read.any(1)
+        features, is_label, is_read = image_features[rows.pictures[chosen]], is_label[chosen], is_read[chosen]
+        read = rows.input_ids[chosen]
+        for _ in range(READINGS if len(read) else 0):
+            states = self.model.hidden_states(
+                features, read, rows.prefix_lengths[chosen], rows.attention_mask[chosen], first=rows.first
+            )
+            logits = self.model.language_model.logits(states[is_label[:, rows.first :]])
+            said = logits[:, first_code : first_code + CODES].argmax(-1) + first_code
+            read = read.masked_scatter(is_read, said)
+        input_ids = rows.input_ids.clone()
+        input_ids[chosen] = read
+        return replace(rows, input_ids=input_ids)
+
     def _looks_loss(self, index: int, outputs: list[Tensor], chunks: list[Rows]) -> Tensor:
         """Of a layer of the voice; `outputs`, of the one before it, by chunk."""
         voice, total = self.model.language_model, 0.0
@@ -371,6 +400,7 @@ class Lessons:
     eye_grows_last: whether the eye's new layer comes at its end, to learn in haste, and not in the middle.
     shows_looks: whether the eye's last layer, and some of the voice's, are shown where to look.
     traces_masks: whether masks are asked for more often, and judged by what is decoded of them.
+    reads_own_codes: whether the codes of a mask are read as the voice has said them, instead of nearly as they should be.
     """
 
     forerunner: str
@@ -379,6 +409,7 @@ class Lessons:
     eye_grows_last: bool = False
     shows_looks: bool = False
     traces_masks: bool = False
+    reads_own_codes: bool = False
 
 
 def train_together(studio: Studio) -> None:
@@ -386,30 +417,38 @@ def train_together(studio: Studio) -> None:
 
 
 def train_larger(studio: Studio) -> None:
-    _train_all(replace(studio, processor=tiny_processor(IMAGE_SIZE)), "larger", Lessons("together"))
+    _train_all(replace(studio, processor=tiny_processor(LARGER_IMAGE_SIZE)), "larger", Lessons("together"))
 
 
 def train_deeper(studio: Studio) -> None:
-    processor = tiny_processor(IMAGE_SIZE, text_layers=TEXT_LAYERS)
+    processor = tiny_processor(LARGER_IMAGE_SIZE, text_layers=TEXT_LAYERS)
     _train_all(replace(studio, processor=processor), "deeper", Lessons("larger"))
 
 
 def train_keener(studio: Studio) -> None:
-    processor = tiny_processor(IMAGE_SIZE, KEENER_EYE_LAYERS, TEXT_LAYERS)
+    processor = tiny_processor(LARGER_IMAGE_SIZE, KEENER_EYE_LAYERS, TEXT_LAYERS)
     lessons = Lessons("deeper", DEEPER_EYE_SLOWNESS, with_muon=True)
     _train_all(replace(studio, processor=processor), "keener", lessons)
 
 
 def train_pointed(studio: Studio) -> None:
-    processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
+    processor = tiny_processor(LARGER_IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
     lessons = Lessons("keener", DEEPER_EYE_SLOWNESS, with_muon=True, eye_grows_last=True, shows_looks=True)
     _train_all(replace(studio, processor=processor), "pointed", lessons)
 
 
 def train_traced(studio: Studio) -> None:
-    processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
+    processor = tiny_processor(LARGER_IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
     lessons = Lessons("pointed", DEEPER_EYE_SLOWNESS, with_muon=True, shows_looks=True, traces_masks=True)
     _train_all(replace(studio, processor=processor), "traced", lessons)
+
+
+def train_finer(studio: Studio) -> None:
+    processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
+    lessons = Lessons(
+        "traced", DEEPER_EYE_SLOWNESS, with_muon=True, shows_looks=True, traces_masks=True, reads_own_codes=True
+    )
+    _train_all(replace(studio, processor=processor), "finer", lessons)
 
 
 def _train_all(studio: Studio, stage: str, lessons: Lessons) -> None:
@@ -429,7 +468,7 @@ def _train_all(studio: Studio, stage: str, lessons: Lessons) -> None:
     if lessons.traces_masks:
         captioned, segmented = TRACING_CAPTIONED_PICTURES, SEGMENTED_PICTURES
     batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES, captioned, segmented)
-    risks, first_code = studio.risks(), studio.first_code() if lessons.traces_masks else None
+    risks, first_code = studio.risks(), studio.first_code()
 
     def losses() -> dict[str, Tensor]:
         pixel_values, labels, chunks = next(batches)
@@ -438,7 +477,11 @@ def _train_all(studio: Studio, stage: str, lessons: Lessons) -> None:
             features = model.vision_tower(pixel_values.to(studio.device))
         patches = together.heads.losses(features, labels)
         projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + captioned + segmented])
-        answers = together.answer_losses(projected, labels, chunks, risks, lessons.shows_looks, first_code)
+        if lessons.reads_own_codes:
+            chunks = [together.with_said_codes(projected, rows, first_code) for rows in chunks]
+        answers = together.answer_losses(
+            projected, labels, chunks, risks, lessons.shows_looks, first_code if lessons.traces_masks else None
+        )
         losses = {**answers, **{name: PATCH_WEIGHT * loss for name, loss in patches.items()}}
         if lessons.shows_looks:
             losses["eye_looks"] = EYE_LOOK_WEIGHT * looking.eye_loss(eye[-1], outputs[0], labels)
@@ -502,6 +545,7 @@ STAGES: dict[str, Callable[[Studio], None]] = {
     "keener": train_keener,
     "pointed": train_pointed,
     "traced": train_traced,
+    "finer": train_finer,
 }
 
 
