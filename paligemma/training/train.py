@@ -56,9 +56,7 @@ FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
 CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
 TRACING_CAPTIONED_PICTURES, SEGMENTED_PICTURES = 12, 24  # of these, once masks matter most
 FIRST_MAX_OBJECTS = 2
-FIRST_IMAGE_SIZE = (
-    112  # pixels, as long as the most is to be learnt: a picture of `IMAGE_SIZE` costs four times as much
-)
+FIRST_IMAGE_SIZE = 112  # pixels, while most is learnt: a picture of `IMAGE_SIZE` costs four times as much
 LARGER_IMAGE_SIZE = 168
 FIRST_EYE_LAYERS = 6
 FIRST_TEXT_LAYERS = 4  # of the voice
@@ -332,7 +330,7 @@ class Together(nn.Module):
 
         `image_features` are projected.
         """
-        is_label, is_read = ((ids >= first_code) & (ids < first_code + CODES) for ids in (rows.labels, rows.input_ids))
+        is_label, is_read = (is_code(ids, first_code) for ids in (rows.labels, rows.input_ids))
         chosen = is_read.any(1)
         features, is_label, is_read = image_features[rows.pictures[chosen]], is_label[chosen], is_read[chosen]
         read = rows.input_ids[chosen]
@@ -340,9 +338,8 @@ class Together(nn.Module):
             states = self.model.hidden_states(
                 features, read, rows.prefix_lengths[chosen], rows.attention_mask[chosen], first=rows.first
             )
-            logits = self.model.language_model.logits(states[is_label[:, rows.first :]])
-            said = logits[:, first_code : first_code + CODES].argmax(-1) + first_code
-            read = read.masked_scatter(is_read, said)
+            logits = self._code_logits(states[is_label[:, rows.first :]], first_code)
+            read = read.masked_scatter(is_read, logits.argmax(-1) + first_code)
         input_ids = rows.input_ids.clone()
         input_ids[chosen] = read
         return replace(rows, input_ids=input_ids)
@@ -357,12 +354,21 @@ class Together(nn.Module):
 
     def _masks_loss(self, outputs: list[Tensor], chunks: list[Rows], first_code: int) -> Tensor:
         """Of what is decoded of the likeliest codes; `outputs`, of the voice's last norm, by chunk."""
-        states = []
-        for output, rows in zip(outputs, chunks, strict=True):
-            labels = rows.labels[:, rows.first :]
-            states.append(output[(labels >= first_code) & (labels < first_code + CODES)])
-        logits = self.model.language_model.logits(torch.cat(states))[:, first_code : first_code + CODES]
+        states = [
+            output[is_code(rows.labels[:, rows.first :], first_code)]
+            for output, rows in zip(outputs, chunks, strict=True)
+        ]
+        logits = self._code_logits(torch.cat(states), first_code)
         return decoded_loss(self.mask_decoder, logits, torch.cat([rows.masks for rows in chunks]))
+
+    def _code_logits(self, states: Tensor, first_code: int) -> Tensor:
+        """Float32 [N, codes], of the voice's last states, [N, width]."""
+        return self.model.language_model.logits(states)[:, first_code : first_code + CODES]
+
+
+def is_code(ids: Tensor, first_code: int) -> Tensor:
+    """Bool, which of some ids, int64 of any shape, are mask codes; `first_code` is the id of the first of them."""
+    return (ids >= first_code) & (ids < first_code + CODES)
 
 
 def train_voice(studio: Studio) -> None:
@@ -395,6 +401,7 @@ class Lessons:
     """What differs between the stages in which all learn.
 
     forerunner: the stage that this one goes on from.
+    image_size, eye_layers, text_layers: of the model, as `tiny_processor` takes them; what is new grows out of what there was.
     eye_slowness: the part of the rate at which the eye learns.
     with_muon: whether it moves the model's matrices.
     eye_grows_last: whether the eye's new layer comes at its end, to learn in haste, and not in the middle.
@@ -404,6 +411,9 @@ class Lessons:
     """
 
     forerunner: str
+    image_size: int = FIRST_IMAGE_SIZE
+    eye_layers: int = FIRST_EYE_LAYERS
+    text_layers: int = FIRST_TEXT_LAYERS
     eye_slowness: float = EYE_SLOWNESS
     with_muon: bool = False
     eye_grows_last: bool = False
@@ -412,46 +422,24 @@ class Lessons:
     reads_own_codes: bool = False
 
 
-def train_together(studio: Studio) -> None:
-    _train_all(studio, "together", Lessons("voice"))
+LESSONS = {
+    "together": Lessons("voice"),
+    "larger": Lessons("together", LARGER_IMAGE_SIZE),
+    "deeper": Lessons("larger", LARGER_IMAGE_SIZE, text_layers=TEXT_LAYERS),
+    "keener": Lessons("deeper", LARGER_IMAGE_SIZE, KEENER_EYE_LAYERS, TEXT_LAYERS, DEEPER_EYE_SLOWNESS, with_muon=True),
+}
+LESSONS["pointed"] = replace(
+    LESSONS["keener"], forerunner="keener", eye_layers=EYE_LAYERS, eye_grows_last=True, shows_looks=True
+)
+LESSONS["traced"] = replace(LESSONS["pointed"], forerunner="pointed", eye_grows_last=False, traces_masks=True)
+LESSONS["finer"] = replace(LESSONS["traced"], forerunner="traced", image_size=IMAGE_SIZE, reads_own_codes=True)
 
 
-def train_larger(studio: Studio) -> None:
-    _train_all(replace(studio, processor=tiny_processor(LARGER_IMAGE_SIZE)), "larger", Lessons("together"))
-
-
-def train_deeper(studio: Studio) -> None:
-    processor = tiny_processor(LARGER_IMAGE_SIZE, text_layers=TEXT_LAYERS)
-    _train_all(replace(studio, processor=processor), "deeper", Lessons("larger"))
-
-
-def train_keener(studio: Studio) -> None:
-    processor = tiny_processor(LARGER_IMAGE_SIZE, KEENER_EYE_LAYERS, TEXT_LAYERS)
-    lessons = Lessons("deeper", DEEPER_EYE_SLOWNESS, with_muon=True)
-    _train_all(replace(studio, processor=processor), "keener", lessons)
-
-
-def train_pointed(studio: Studio) -> None:
-    processor = tiny_processor(LARGER_IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
-    lessons = Lessons("keener", DEEPER_EYE_SLOWNESS, with_muon=True, eye_grows_last=True, shows_looks=True)
-    _train_all(replace(studio, processor=processor), "pointed", lessons)
-
-
-def train_traced(studio: Studio) -> None:
-    processor = tiny_processor(LARGER_IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
-    lessons = Lessons("pointed", DEEPER_EYE_SLOWNESS, with_muon=True, shows_looks=True, traces_masks=True)
-    _train_all(replace(studio, processor=processor), "traced", lessons)
-
-
-def train_finer(studio: Studio) -> None:
-    processor = tiny_processor(IMAGE_SIZE, EYE_LAYERS, TEXT_LAYERS)
-    lessons = Lessons(
-        "traced", DEEPER_EYE_SLOWNESS, with_muon=True, shows_looks=True, traces_masks=True, reads_own_codes=True
-    )
-    _train_all(replace(studio, processor=processor), "finer", lessons)
-
-
-def _train_all(studio: Studio, stage: str, lessons: Lessons) -> None:
+def train_all(stage: str, studio: Studio) -> None:
+    """One of the stages of `LESSONS`."""
+    lessons = LESSONS[stage]
+    processor = tiny_processor(lessons.image_size, lessons.eye_layers, lessons.text_layers)
+    studio = replace(studio, processor=processor)
     together = Together(studio.processor.config)
     state = _grown(studio.saved(lessons.forerunner), studio.processor.config, lessons.eye_grows_last)
     together.load_state_dict(state)
@@ -539,13 +527,7 @@ STAGES: dict[str, Callable[[Studio], None]] = {
     "masks": train_masks,
     "patches": train_patches,
     "voice": train_voice,
-    "together": train_together,
-    "larger": train_larger,
-    "deeper": train_deeper,
-    "keener": train_keener,
-    "pointed": train_pointed,
-    "traced": train_traced,
-    "finer": train_finer,
+    **{stage: partial(train_all, stage) for stage in LESSONS},
 }
 
 
