@@ -978,7 +978,7 @@ def studio(sprites, fonts, tmp_path, monkeypatch):
     )
 
 
-def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_path):
+def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_path, monkeypatch):
     (tmp_path / "contrastive.csv").write_text("step,learning_rate,clip\n20,0,9.9\n")  # of a run that saved nothing
     train.STAGES["contrastive"](studio)
     losses = [float(row["clip"]) for row in csv.DictReader((tmp_path / "contrastive.csv").open())]
@@ -1003,8 +1003,17 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     train.STAGES["pointed"](replace(studio, steps=studio.steps | {"pointed": 20}))
     train.STAGES["pointed"](replace(studio, steps=studio.steps | {"pointed": 21}))  # from what Muon has saved as well
 
+    said, taught = [], []
+    say, teach = train.Together.with_said_codes, train.Together.answer_losses
+    monkeypatch.setattr(train.Together, "with_said_codes", lambda *given: said.append(say(*given)) or said[-1])
+    monkeypatch.setattr(train.Together, "answer_losses", lambda *given: taught.extend(given[3]) or teach(*given))
     train.STAGES["traced"](studio)
+    assert taught
+    assert not said
+    taught.clear()
     train.STAGES["finer"](studio)
+    assert len(taught) == len(said) > 0
+    assert all(rows is own for rows, own in zip(taught, said)), "it goes on from its own codes"
 
     from paligemma import load
 
