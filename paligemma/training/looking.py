@@ -127,10 +127,12 @@ def voice_loss(layer: GemmaLayer, hidden_states: Tensor, rotary: tuple[Tensor, T
     `hidden_states`, float [R, T, width], are what it reads.
     """
     attention, states = layer.self_attn, layer.input_layernorm(hidden_states)
-    keys = rotate(attention.k_proj(states).unflatten(-1, (-1, attention.head_dim)), *rotary)  # [R, T, kv_heads, dim]
-    queries = attention.q_proj(states[looks.rows, looks.positions]).unflatten(-1, (-1, attention.head_dim))
-    queries = rotate(queries, *(part[looks.positions] for part in rotary))
-    queries, keys = queries[:, :: attention.group].float(), keys[looks.rows].float()
-    logits = torch.einsum("nkd,ntkd->nkt", queries, keys) * attention.head_dim**-0.5  # [N, kv_heads, T]
-    is_later = torch.arange(keys.shape[1], device=states.device) > looks.positions[:, None, None]
+    queries, keys = (
+        rotate(project(states).unflatten(-1, (-1, attention.head_dim)), *rotary).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj)
+    )
+    # Of all positions, and then of some: keys gathered for each of these would be hundreds of megabytes.
+    logits = (queries[:, :: attention.group] @ keys.transpose(-1, -2)).float() * attention.head_dim**-0.5
+    logits = logits[looks.rows, :, looks.positions]  # [N, kv_heads, T]
+    is_later = torch.arange(keys.shape[2], device=states.device) > looks.positions[:, None, None]
     return attention_loss(logits.masked_fill(is_later, float("-inf")), looks.patches[:, None])
