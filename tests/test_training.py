@@ -404,6 +404,32 @@ def segmenting_batch(tiny, painter, scenes, monkeypatch):
     return codec, next(iter(drawn))[2]
 
 
+def test_the_masks_of_one_kind_are_asked_for_or_of_any_number_of_them(tiny, painter, monkeypatch):
+    scenes, draw, decode = [], painter.random_scene, tiny.processor.tokenizer.decode
+    monkeypatch.setattr(painter, "random_scene", lambda *arguments: scenes.append(draw(*arguments)) or scenes[-1])
+    monkeypatch.setattr(batches, "MISHEARD", 0.0)
+    asked = {}
+    for many in (False, True):
+        drawn = SceneBatches(
+            tiny.processor, painter, 16, torch.tensor(3), 0, MaskCodec().eval(), 0, segmented=16, segments_many=many
+        )
+        del scenes[:]
+        shares = []
+        for rows in next(iter(drawn))[2]:
+            for picture, ids, labels, prefix in zip(
+                rows.pictures.tolist(), rows.input_ids, rows.labels, rows.prefix_lengths
+            ):
+                names = decode(ids[:prefix].tolist()).strip().removeprefix("segment ").split(" ; ")
+                there = [KINDS[thing.kind].name for thing in scenes[picture].objects]
+                said = find_detections(decode(labels[labels != NO_LABEL].tolist(), skip_special_tokens=False))
+                assert [found.label for found in said] == [name for name in there if name in names]
+                assert all(len(found.codes) == 16 for found in said)
+                shares.append((len(names), len(set(there))))
+        asked[many] = shares
+    assert all(names == 1 for names, _ in asked[False])
+    assert {names for names, kinds in asked[True] if kinds == 2} == {1, 2}
+
+
 def test_half_of_the_codes_that_are_read_are_others_like_them_and_none_that_is_written(tiny, painter, monkeypatch):
     monkeypatch.setattr(batches, "MISHEARD", 0.0)
     codec, chunks = segmenting_batch(tiny, painter, [], monkeypatch)
@@ -506,7 +532,7 @@ def test_where_to_look_is_shown_for_each_coordinate_and_code(tiny):
     cats = tuple(SceneObject(index("cat"), box, None, owner) for owner, box in enumerate(boxes, 1))
     scene = replace(scene_of(), objects=cats, owners=owners)
     codes = {owner: list(range(16)) for owner in (1, 2)}
-    segmented, ends = segmentations(scene, index("cat"), codes), label_patches([scene], 8).ends
+    segmented, ends = segmentations(scene, codes, index("cat")), label_patches([scene], 8).ends
     rows = collate(tiny.processor, [0, 0], [("caption en", caption(scene)), ("segment cat", segmented)])
     boxes = find_boxes(tiny.processor.tokenizer, [scene], rows.pictures, rows.labels)
     assert boxes == [Told(1, rows.prefix_lengths[1].item() - 1 + 24 * place, 0, place, True) for place in (0, 1)]
@@ -761,7 +787,11 @@ def test_the_decoder_and_the_codes_learn_from_masks_what_a_code_should_be():
     logits = torch.randn(48, 8, requires_grad=True)
     decoded = mask_codec.SHARPNESS * decoder(logits.argmax(-1).view(3, 16))
     loss = decoded_loss(decoder, logits, masks)
-    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(decoded, masks))
+    filled = decoded.sigmoid()
+    overlaps = (filled * masks).sum((1, 2)) / torch.maximum(filled, masks).sum(
+        (1, 2)
+    )  # of masks of nothing but 0 and 1
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(decoded, masks) + 1 - overlaps.mean())
     loss.backward()
     assert logits.grad.abs().min() > 0
     optimiser = torch.optim.Adam([logits], lr=0.1)
@@ -955,10 +985,12 @@ def studio(sprites, fonts, tmp_path, monkeypatch):
     monkeypatch.setattr(naming, "CROPS_A_BATCH", 4)
     monkeypatch.setattr(train, "SCENES_A_BATCH", 2)
     monkeypatch.setattr(train, "PICTURES_A_BATCH", 2)
-    monkeypatch.setattr(train, "FURTHER_PICTURES", 2)
-    monkeypatch.setattr(train, "CAPTIONED_PICTURES", 1)
-    monkeypatch.setattr(train, "TRACING_CAPTIONED_PICTURES", 1)
-    monkeypatch.setattr(train, "SEGMENTED_PICTURES", 1)
+    monkeypatch.setattr(train, "PICTURES_TOGETHER", 4)
+    few = {
+        stage: replace(lessons, asked_about=2, captioned=1, segmented=min(1, lessons.segmented))
+        for stage, lessons in train.LESSONS.items()
+    }
+    monkeypatch.setattr(train, "LESSONS", few)
     monkeypatch.setattr(train, "JUDGED", 10)
     monkeypatch.setattr(mask_codec, "MASKS_A_BATCH", 4)
     monkeypatch.setattr(loop, "WARM_UP_STEPS", 5)
@@ -1014,6 +1046,7 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     train.STAGES["finer"](studio)
     assert len(taught) == len(said) > 0
     assert all(rows is own for rows, own in zip(taught, said)), "it goes on from its own codes"
+    train.STAGES["fuller"](studio)
 
     from paligemma import load
 

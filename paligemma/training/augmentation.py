@@ -16,6 +16,7 @@ MAX_SHEAR = 0.15
 MAX_STRETCH = 1.25
 MAX_BULGE = 0.45  # by how much parts of a drawing grow at the cost of others; below 1
 MAX_THICKNESS = 0.02  # of a line, beyond two pixels, to either side and in parts of the drawing
+GRAINS = (16, 64)  # how many grains long a drawing is in which what is smaller than a grain is left out
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -41,7 +42,7 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     if rng.random() < 0.5:
         pixels = _proportion(rng, _proportion(rng, pixels).swapaxes(0, 1)).swapaxes(0, 1)
     colours, alpha = pixels[..., :3], pixels[..., 3:]
-    is_flat = rng.random() < 0.4
+    is_flat = rng.random() < 0.6
     if is_flat:
         colours = _flatten(rng, colours, alpha)
     lines = None
@@ -76,12 +77,16 @@ def _proportion(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
 
 
 def _flatten(rng: np.random.Generator, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """A few areas of one colour each, some of them another than it was, and without the finest details."""
+    """A few areas of one colour each, some of them another than it was, and without what is small on the drawing."""
     mean = (colours * alpha).sum((0, 1)) / max(alpha.sum(), 1e-3)
     solid = colours * alpha + mean * (1 - alpha)  # what is not drawn takes no colour of its own
     image = Image.fromarray(np.clip(255 * solid, 0, 255).astype(np.uint8))
-    image = image.filter(ImageFilter.MedianFilter(int(rng.choice([3, 5])))).quantize(int(rng.integers(3, 8)))
-    palette = np.array(image.getpalette(), np.float32).reshape(-1, 3) / 255
+    shrinking = min(1.0, rng.integers(*GRAINS) / max(image.size))
+    coarse = image.resize([max(1, round(shrinking * side)) for side in image.size], Image.Resampling.BOX)
+    coarse = coarse.filter(ImageFilter.MedianFilter(3)).quantize(int(rng.integers(3, 8)))
+    image = coarse.convert("RGB").resize(image.size, Image.Resampling.BICUBIC)
+    image = image.quantize(palette=coarse, dither=Image.Dither.NONE)
+    palette = np.array(coarse.getpalette(), np.float32).reshape(-1, 3) / 255
     is_other = rng.random(len(palette)) < 0.25
     palette[is_other] = rng.random((is_other.sum(), 3))
     return palette[np.asarray(image)]

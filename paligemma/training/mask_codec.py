@@ -81,7 +81,8 @@ class MaskCodec(nn.Module):
 
 
 def decoded_loss(decoder: MaskDecoder, logits: Tensor, masks: Tensor) -> Tensor:
-    """How far what is decoded of the likeliest codes is from masks: the mean of the pixels' cross-entropies, in nats.
+    """How far what is decoded of the likeliest codes is from masks: the mean of the pixels' cross-entropies, in nats, and
+    of what is missing of a full overlap (the soft intersection over union of Rahman and Wang, 2016), which masks are judged by.
 
     The decoder learns what these codes mean, in masks of which some are always wrong. To the logits, the gradient goes as if
     the mean of all codes' vectors, each as likely as it is, had been decoded (a straight-through estimate, arXiv 1308.3432).
@@ -92,9 +93,12 @@ def decoded_loss(decoder: MaskDecoder, logits: Tensor, masks: Tensor) -> Tensor:
     codebook = decoder._vq_vae["_embedding"]
     mean = logits.softmax(-1) @ codebook.detach()
     vectors = codebook[logits.argmax(-1)] + mean - mean.detach()
-    decoded = decoder.decode(vectors.unflatten(0, (len(masks), NUM_CODES)))
-    losses = F.binary_cross_entropy_with_logits(SHARPNESS * decoded.float(), masks, reduction="sum")
-    return losses / max(1, masks.numel())
+    decoded = SHARPNESS * decoder.decode(vectors.unflatten(0, (len(masks), NUM_CODES))).float()
+    losses = F.binary_cross_entropy_with_logits(decoded, masks, reduction="none").mean((1, 2))
+    filled = decoded.sigmoid()
+    shared = (filled * masks).sum((1, 2))
+    overlaps = shared / (filled.sum((1, 2)) + masks.sum((1, 2)) - shared)
+    return (losses + 1 - overlaps).sum() / max(1, len(masks))
 
 
 class MaskBatches(IterableDataset):

@@ -77,7 +77,7 @@ class Painter:
     """
 
     def __init__(
-        self, sprites: Sprites, fonts: list[Path], kinds: list[int] | None = None, restyled: float | Tensor = 0.6
+        self, sprites: Sprites, fonts: list[Path], kinds: list[int] | None = None, restyled: float | Tensor = 0.7
     ):
         self.sprites, self.fonts, self.restyled = sprites, fonts, restyled
         self.kinds = list(range(sprites.kinds)) if kinds is None else kinds

@@ -127,8 +127,8 @@ def detect_prompt(*kinds: int) -> str:
     return "detect " + " ; ".join(KINDS[kind].name for kind in kinds)
 
 
-def segment_prompt(kind: int) -> str:
-    return f"segment {KINDS[kind].name}"
+def segment_prompt(*kinds: int) -> str:
+    return "segment " + " ; ".join(KINDS[kind].name for kind in kinds)
 
 
 def detections(scene: Scene, *kinds: int) -> str:
@@ -136,12 +136,12 @@ def detections(scene: Scene, *kinds: int) -> str:
     return " ; ".join(f"{loc_tokens(thing)} {KINDS[thing.kind].name}" for thing in scene.objects if thing.kind in kinds)
 
 
-def segmentations(scene: Scene, kind: int, codes: dict[int, list[int]]) -> str:
+def segmentations(scene: Scene, codes: dict[int, list[int]], *kinds: int) -> str:
     """As `detections`, with the 16 seg tokens of each object after its box; `codes` holds them by owner."""
     return " ; ".join(
-        f"{loc_tokens(thing)}{''.join(f'<seg{code:03d}>' for code in codes[thing.owner])} {KINDS[kind].name}"
+        f"{loc_tokens(thing)}{''.join(f'<seg{code:03d}>' for code in codes[thing.owner])} {KINDS[thing.kind].name}"
         for thing in scene.objects
-        if thing.kind == kind
+        if thing.kind in kinds
     )
 
 
@@ -177,7 +177,7 @@ def prompts_and_answers(
         pairs.append((OCR_PROMPT, scene.word))
     if rng.random() < 0.6:
         segmented = _kind_to_ask_about(rng, scene, kinds)
-        pairs.append((segment_prompt(segmented), segmentations(scene, segmented, codes)))
+        pairs.append((segment_prompt(segmented), segmentations(scene, codes, segmented)))
     if rng.random() < 0.1:
         pairs.append((BACKGROUND_PROMPT, scene.background))
     questions = questions_and_answers(rng, scene, kinds)

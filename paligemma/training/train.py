@@ -14,6 +14,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `pointed`: the same, with one more layer at the eye's end, and shown where to look for a box's sides and a mask's codes.
 - `traced`: the same, with more masks, judged by what is decoded of them; their decoder learns from what the voice says.
 - `finer`: the same, on still larger pictures, and with the codes that are read being those that the voice has said.
+- `fuller`: the same, with fewer of the other answers, and with masks of many kinds in one.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -51,10 +52,8 @@ from .tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, build_tokenizer
 
 SPRITE_SIZE = 128
 SCENES_A_BATCH = 64  # for the eye
-PICTURES_A_BATCH = 12  # for the voice, with about five rows each
-FURTHER_PICTURES = 36  # beside them, for the eye, when all learn together
-CAPTIONED_PICTURES = 24  # of these, with a caption for the voice
-TRACING_CAPTIONED_PICTURES, SEGMENTED_PICTURES = 12, 24  # of these, once masks matter most
+PICTURES_A_BATCH = 12  # for the voice alone, with about five rows each
+PICTURES_TOGETHER = 48  # for the eye, when all learn together
 FIRST_MAX_OBJECTS = 2
 FIRST_IMAGE_SIZE = 112  # pixels, while most is learnt: a picture of `IMAGE_SIZE` costs four times as much
 LARGER_IMAGE_SIZE = 168
@@ -74,6 +73,7 @@ STEPS = {
     "pointed": 2000,
     "traced": 1750,
     "finer": 850,
+    "fuller": 620,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -88,6 +88,7 @@ PEAKS = {
     "pointed": 4e-4,
     "traced": 4e-4,
     "finer": 4e-4,
+    "fuller": 4e-4,
 }
 POSITIONS = "embeddings.position_embedding.weight"  # of an eye's state
 JUDGED = 500  # fresh crops that the first two stages are judged by
@@ -126,7 +127,10 @@ class Studio:
         return Run(stage, module, self.folder, self.steps[stage], PEAKS[stage], factors, matrices)
 
     def prepare(self, *stacks: nn.ModuleList) -> None:
-        """Let the layers of these stacks need less memory, or less time, as it was asked for."""
+        """Let the layers of these stacks need less memory, or less time, as it was asked for.
+
+        The voice's last layer is better left as it is: few of its positions look, and Inductor of torch 2.13 fails on it.
+        """
         for layers in stacks:
             if self.gradient_checkpointing:
                 checkpoint_gradients(layers)
@@ -324,7 +328,6 @@ class Together(nn.Module):
         return losses
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # Inductor of torch 2.13 fails on these layers without gradients on a CPU
     def with_said_codes(self, image_features: Tensor, rows: Rows, first_code: int) -> Rows:
         """The rows with the codes that are read as the voice says them, for it to go on from (DAgger, arXiv 1011.0686).
 
@@ -382,9 +385,10 @@ def train_voice(studio: Studio) -> None:
     # While the voice is still random, its gradients would undo what the eye has learnt.
     model.vision_tower.requires_grad_(False)
     together.heads.requires_grad_(False)
-    studio.prepare(model.language_model.layers)
+    studio.prepare(model.language_model.layers[:-1])
     run, max_objects = studio.run(stage, together), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
-    batches, risks = _scene_batches(studio, stage, run, max_objects), studio.risks()
+    batches = _scene_batches(studio, stage, run, max_objects, PICTURES_A_BATCH, asked_about=PICTURES_A_BATCH)
+    risks = studio.risks()
 
     def losses() -> dict[str, Tensor]:
         grow(run, max_objects, FIRST_MAX_OBJECTS, MAX_OBJECTS)
@@ -406,8 +410,10 @@ class Lessons:
     with_muon: whether it moves the model's matrices.
     eye_grows_last: whether the eye's new layer comes at its end, to learn in haste, and not in the middle.
     shows_looks: whether the eye's last layer, and some of the voice's, are shown where to look.
-    traces_masks: whether masks are asked for more often, and judged by what is decoded of them.
+    traces_masks: whether masks are judged by what is decoded of them, and their decoder learns as well.
     reads_own_codes: whether the codes of a mask are read as the voice has said them, instead of nearly as they should be.
+    asked_about, captioned, segmented, segments_many: which of a batch's pictures the voice is asked about, as
+        `SceneBatches` takes them.
     """
 
     forerunner: str
@@ -420,6 +426,10 @@ class Lessons:
     shows_looks: bool = False
     traces_masks: bool = False
     reads_own_codes: bool = False
+    asked_about: int = 12
+    captioned: int = 24
+    segmented: int = 0
+    segments_many: bool = False
 
 
 LESSONS = {
@@ -431,8 +441,13 @@ LESSONS = {
 LESSONS["pointed"] = replace(
     LESSONS["keener"], forerunner="keener", eye_layers=EYE_LAYERS, eye_grows_last=True, shows_looks=True
 )
-LESSONS["traced"] = replace(LESSONS["pointed"], forerunner="pointed", eye_grows_last=False, traces_masks=True)
+LESSONS["traced"] = replace(
+    LESSONS["pointed"], forerunner="pointed", eye_grows_last=False, traces_masks=True, captioned=12, segmented=24
+)
 LESSONS["finer"] = replace(LESSONS["traced"], forerunner="traced", image_size=IMAGE_SIZE, reads_own_codes=True)
+LESSONS["fuller"] = replace(
+    LESSONS["finer"], forerunner="finer", asked_about=9, captioned=9, segmented=30, segments_many=True
+)
 
 
 def train_all(stage: str, studio: Studio) -> None:
@@ -445,17 +460,25 @@ def train_all(stage: str, studio: Studio) -> None:
     together.load_state_dict(state)
     model = together.model
     eye = model.vision_tower.encoder["layers"]
-    studio.prepare(eye, model.language_model.layers)
+    studio.prepare(eye, model.language_model.layers[:-1])
     # Of the model itself: Muon is for matrices between hidden states, not for what embeds or reads out.
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)] if lessons.with_muon else []
     factors = {model.vision_tower: lessons.eye_slowness, together.mask_decoder: HASTE}
     if lessons.eye_grows_last:
         factors[eye[-1]] = HASTE
     run = studio.run(stage, together, factors, matrices)
-    captioned, segmented = CAPTIONED_PICTURES, 0
-    if lessons.traces_masks:
-        captioned, segmented = TRACING_CAPTIONED_PICTURES, SEGMENTED_PICTURES
-    batches = _scene_batches(studio, stage, run, torch.tensor(MAX_OBJECTS), FURTHER_PICTURES, captioned, segmented)
+    batches = _scene_batches(
+        studio,
+        stage,
+        run,
+        torch.tensor(MAX_OBJECTS),
+        PICTURES_TOGETHER,
+        asked_about=lessons.asked_about,
+        captioned=lessons.captioned,
+        segmented=lessons.segmented,
+        segments_many=lessons.segments_many,
+    )
+    spoken_of = lessons.asked_about + lessons.captioned + lessons.segmented
     risks, first_code = studio.risks(), studio.first_code()
 
     def losses() -> dict[str, Tensor]:
@@ -464,7 +487,7 @@ def train_all(stage: str, studio: Studio) -> None:
         with recorded(eye[-2]) as outputs:
             features = model.vision_tower(pixel_values.to(studio.device))
         patches = together.heads.losses(features, labels)
-        projected = model.multi_modal_projector["linear"](features[: PICTURES_A_BATCH + captioned + segmented])
+        projected = model.multi_modal_projector["linear"](features[:spoken_of])
         if lessons.reads_own_codes:
             chunks = [together.with_said_codes(projected, rows, first_code) for rows in chunks]
         answers = together.answer_losses(
@@ -503,21 +526,11 @@ def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig, eye_grows_last: 
     return weights
 
 
-def _scene_batches(
-    studio: Studio, stage: str, run: Run, max_objects: Tensor, further: int = 0, captioned: int = 0, segmented: int = 0
-) -> Iterator:
+def _scene_batches(studio: Studio, stage: str, run: Run, max_objects: Tensor, pictures: int, **asked: int) -> Iterator:
+    """Of so many pictures; `asked`, as `SceneBatches` takes it, says which the voice is asked about, and what."""
+    seed = studio.seed(stage, run)
     return in_background(
-        SceneBatches(
-            studio.processor,
-            studio.painter,
-            PICTURES_A_BATCH + further,
-            max_objects,
-            studio.seed(stage, run),
-            studio.codec(),
-            PICTURES_A_BATCH,
-            captioned,
-            segmented,
-        )
+        SceneBatches(studio.processor, studio.painter, pictures, max_objects, seed, studio.codec(), **asked)
     )
 
 
