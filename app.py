@@ -247,7 +247,7 @@ def build_page(models: Models) -> gr.Blocks:
         Args:
             image: the picture
             prompt: in PaliGemma's own syntax: `caption en`, `describe en`, `answer en QUESTION`, `detect KIND ; KIND`,
-                `segment KIND` or `ocr`; one more in each further line
+                `segment KIND ; KIND` or `ocr`; one more in each further line
             max_new_tokens: the longest answer
             temperature: 0 takes the likeliest token always
             top_k: sample among so many of the likeliest tokens; 0 among all
@@ -287,11 +287,11 @@ def build_page(models: Models) -> gr.Blocks:
         return find(image, detect_prompt(objects))
 
     def segment(image: dict | None, objects: str) -> tuple[Image.Image, list]:
-        """Find all objects of a kind in a picture, with their masks.
+        """Find all objects of some kinds in a picture, with their masks.
 
         Args:
             image: the picture
-            objects: what to find, such as `cat`
+            objects: what to find: `cat`, or several kinds: `cat ; dog`
         """
         return find(image, segment_prompt(objects))
 

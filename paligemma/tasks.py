@@ -39,7 +39,7 @@ TASKS = (
     Task("Describe", "describe", "", "More about it: sizes, colours, places.", has_language=True),
     Task("Ask", "answer", "how many cats are there?", "Write your own question after `answer en`.", has_language=True),
     Task("Detect", "detect", "cat ; dog", "Draws boxes. Name one kind, or several with ` ; ` between them."),
-    Task("Segment", "segment", "cat", "Draws outlines. Name one kind."),
+    Task("Segment", "segment", "cat", "Draws outlines. Name one kind, or several with ` ; ` between them."),
     Task("Read", "ocr", "", "Reads the word in the picture."),
 )
 

@@ -22,7 +22,7 @@ EXAMPLES = [
     ("picnic", ["apple", "banana", "apple"], "", 12),
     ("traffic", ["car", "bus", "car"], "", 51),
     ("music", ["guitar", "drum"], "", 28),
-    ("sign", ["cactus"], "OPEN", 22),
+    ("sign", ["cactus"], "OPEN", 32),
 ]
 
 
