@@ -201,6 +201,18 @@ def test_a_flattened_drawing_has_a_few_colours_and_no_fine_details():
     assert 0 < sum(faithful) < 20, "some have other colours in places, some have not"
 
 
+def test_what_is_smaller_than_a_grain_is_left_out_of_a_flattened_drawing(monkeypatch):
+    drawing = np.zeros((160, 160, 4), np.float32)
+    drawing[..., 2:] = 1
+    drawing[:, 80:, :3] = 1, 0, 0
+    drawing[40:45, 40:45, :3] = 0, 1, 0  # wider than what a median of three pixels takes away
+    for grains, is_kept in (((16, 17), False), ((160, 161), True)):
+        monkeypatch.setattr(augmentation, "GRAINS", grains)
+        flat = augmentation._flatten(np.random.default_rng(0), drawing[..., :3], drawing[..., 3:])
+        assert np.array_equal(flat[42, 42], flat[100, 42]) != is_kept
+        assert not np.array_equal(flat[100, 40], flat[100, 120]), "what is large stays"
+
+
 def test_proportions_change_otherwise_on_the_left_than_on_the_right():
     rows = np.repeat(np.linspace(0, 1, 41, dtype=np.float32)[:, None], 30, axis=1)[..., None]
     drawn = augmentation._proportion(np.random.default_rng(0), rows)[..., 0]
@@ -404,30 +416,20 @@ def segmenting_batch(tiny, painter, scenes, monkeypatch):
     return codec, next(iter(drawn))[2]
 
 
-def test_the_masks_of_one_kind_are_asked_for_or_of_any_number_of_them(tiny, painter, monkeypatch):
-    scenes, draw, decode = [], painter.random_scene, tiny.processor.tokenizer.decode
-    monkeypatch.setattr(painter, "random_scene", lambda *arguments: scenes.append(draw(*arguments)) or scenes[-1])
-    monkeypatch.setattr(batches, "MISHEARD", 0.0)
-    asked = {}
-    for many in (False, True):
-        drawn = SceneBatches(
-            tiny.processor, painter, 16, torch.tensor(3), 0, MaskCodec().eval(), 0, segmented=16, segments_many=many
-        )
-        del scenes[:]
-        shares = []
-        for rows in next(iter(drawn))[2]:
-            for picture, ids, labels, prefix in zip(
-                rows.pictures.tolist(), rows.input_ids, rows.labels, rows.prefix_lengths
-            ):
-                names = decode(ids[:prefix].tolist()).strip().removeprefix("segment ").split(" ; ")
-                there = [KINDS[thing.kind].name for thing in scenes[picture].objects]
-                said = find_detections(decode(labels[labels != NO_LABEL].tolist(), skip_special_tokens=False))
-                assert [found.label for found in said] == [name for name in there if name in names]
-                assert all(len(found.codes) == 16 for found in said)
-                shares.append((len(names), len(set(there))))
-        asked[many] = shares
-    assert all(names == 1 for names, _ in asked[False])
-    assert {names for names, kinds in asked[True] if kinds == 2} == {1, 2}
+def test_the_masks_of_any_number_of_kinds_are_asked_for_in_one_row(tiny, painter, monkeypatch):
+    scenes, numbers, decode = [], set(), tiny.processor.tokenizer.decode
+    _, chunks = segmenting_batch(tiny, painter, scenes, monkeypatch)
+    for rows in chunks:
+        for picture, ids, labels, prefix in zip(
+            rows.pictures.tolist(), rows.input_ids, rows.labels, rows.prefix_lengths
+        ):
+            asked = decode(ids[:prefix].tolist()).strip().removeprefix("segment ").split(" ; ")
+            there = [KINDS[thing.kind].name for thing in scenes[picture].objects]
+            said = find_detections(decode(labels[labels != NO_LABEL].tolist(), skip_special_tokens=False))
+            assert [found.label for found in said] == [name for name in there if name in asked]
+            assert all(len(found.codes) == 16 for found in said)
+            numbers.add((len(asked), len(set(there))))
+    assert numbers == {(1, 1), (1, 2), (2, 2)}
 
 
 def test_half_of_the_codes_that_are_read_are_others_like_them_and_none_that_is_written(tiny, painter, monkeypatch):
@@ -788,9 +790,8 @@ def test_the_decoder_and_the_codes_learn_from_masks_what_a_code_should_be():
     decoded = mask_codec.SHARPNESS * decoder(logits.argmax(-1).view(3, 16))
     loss = decoded_loss(decoder, logits, masks)
     filled = decoded.sigmoid()
-    overlaps = (filled * masks).sum((1, 2)) / torch.maximum(filled, masks).sum(
-        (1, 2)
-    )  # of masks of nothing but 0 and 1
+    both, either = filled * masks, torch.maximum(filled, masks)  # a mask is nothing but 0 and 1
+    overlaps = both.sum((1, 2)) / either.sum((1, 2))
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(decoded, masks) + 1 - overlaps.mean())
     loss.backward()
     assert logits.grad.abs().min() > 0
@@ -1046,7 +1047,12 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     train.STAGES["finer"](studio)
     assert len(taught) == len(said) > 0
     assert all(rows is own for rows, own in zip(taught, said)), "it goes on from its own codes"
+    made, draw = [], train.SceneBatches
+    monkeypatch.setattr(train, "SceneBatches", lambda *given, **asked: made.append(asked) or draw(*given, **asked))
+    few = replace(train.LESSONS["fuller"], asked_about=1, captioned=1, segmented=2)
+    monkeypatch.setitem(train.LESSONS, "fuller", few)
     train.STAGES["fuller"](studio)
+    assert made == [{"asked_about": 1, "captioned": 1, "segmented": 2}]
 
     from paligemma import load
 

@@ -156,7 +156,7 @@ class SceneBatches(PatchBatches):
     """As `PatchBatches`, with a third element: rows, in chunks, of all tasks about the first `asked_about` pictures.
 
     The next `captioned` pictures have one row each, since naming all that is there takes the most practice, and the next
-    `segmented` have one as well, of the masks of one kind, or of any number of them.
+    `segmented` have one as well, of the masks of any number of kinds: most of a row is the picture, whatever it asks for.
     """
 
     def __init__(
@@ -170,11 +170,9 @@ class SceneBatches(PatchBatches):
         asked_about: int,
         captioned: int = 0,
         segmented: int = 0,
-        segments_many: bool = False,
     ):
         super().__init__(processor, painter, pictures, max_objects, seed)
         self.codec, self.asked_about, self.captioned, self.segmented = codec, asked_about, captioned, segmented
-        self.segments_many = segments_many
         self.alike = nearest_codes(codec)
 
     def __iter__(self) -> Iterator[tuple[Tensor, PatchLabels, list[Rows]]]:
@@ -196,7 +194,7 @@ class SceneBatches(PatchBatches):
                 asked.append((picture, (CAPTION_PROMPT, text), slip))
             for picture in range(further.stop, further.stop + self.segmented):
                 kinds = list(dict.fromkeys(rng.permutation([thing.kind for thing in scenes[picture].objects]).tolist()))
-                kinds = kinds[: rng.integers(len(kinds)) + 1 if self.segments_many else 1]
+                kinds = kinds[: rng.integers(len(kinds)) + 1]
                 answer = segmentations(scenes[picture], codes[picture], *kinds)
                 asked.append((picture, (segment_prompt(*kinds), answer), None))
             # Rows of like length together, because each is padded to the longest of its chunk.

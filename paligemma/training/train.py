@@ -14,7 +14,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `pointed`: the same, with one more layer at the eye's end, and shown where to look for a box's sides and a mask's codes.
 - `traced`: the same, with more masks, judged by what is decoded of them; their decoder learns from what the voice says.
 - `finer`: the same, on still larger pictures, and with the codes that are read being those that the voice has said.
-- `fuller`: the same, with fewer of the other answers, and with masks of many kinds in one.
+- `fuller`: the same, with more masks still, and fewer of the other answers.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -412,8 +412,7 @@ class Lessons:
     shows_looks: whether the eye's last layer, and some of the voice's, are shown where to look.
     traces_masks: whether masks are judged by what is decoded of them, and their decoder learns as well.
     reads_own_codes: whether the codes of a mask are read as the voice has said them, instead of nearly as they should be.
-    asked_about, captioned, segmented, segments_many: which of a batch's pictures the voice is asked about, as
-        `SceneBatches` takes them.
+    asked_about, captioned, segmented: how many of a batch's pictures the voice is asked about, as `SceneBatches` takes it.
     """
 
     forerunner: str
@@ -429,7 +428,6 @@ class Lessons:
     asked_about: int = 12
     captioned: int = 24
     segmented: int = 0
-    segments_many: bool = False
 
 
 LESSONS = {
@@ -445,9 +443,7 @@ LESSONS["traced"] = replace(
     LESSONS["pointed"], forerunner="pointed", eye_grows_last=False, traces_masks=True, captioned=12, segmented=24
 )
 LESSONS["finer"] = replace(LESSONS["traced"], forerunner="traced", image_size=IMAGE_SIZE, reads_own_codes=True)
-LESSONS["fuller"] = replace(
-    LESSONS["finer"], forerunner="finer", asked_about=9, captioned=9, segmented=30, segments_many=True
-)
+LESSONS["fuller"] = replace(LESSONS["finer"], forerunner="finer", asked_about=9, captioned=9, segmented=30)
 
 
 def train_all(stage: str, studio: Studio) -> None:
@@ -476,7 +472,6 @@ def train_all(stage: str, studio: Studio) -> None:
         asked_about=lessons.asked_about,
         captioned=lessons.captioned,
         segmented=lessons.segmented,
-        segments_many=lessons.segments_many,
     )
     spoken_of = lessons.asked_about + lessons.captioned + lessons.segmented
     risks, first_code = studio.risks(), studio.first_code()
