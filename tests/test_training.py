@@ -6,10 +6,14 @@ import csv
 import io
 import json
 import math
+import os
 import re
+import shutil
 import tarfile
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import repeat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFont
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 
 from paligemma import gemma, siglip
 from paligemma.annotations import find_detections
@@ -73,7 +78,6 @@ from paligemma.training.tasks import (
     loc_tokens,
     neighbour,
     prompts_and_answers,
-    segmentations,
 )
 from paligemma.training.tokenizer import IMAGE_TOKEN, build_tokenizer
 
@@ -156,17 +160,26 @@ def test_objects_hardly_overlap_and_never_cover_the_word(painter):
     assert words > 5
 
 
-def test_a_restyled_drawing_fills_the_frame_as_before():
+def ellipse(height, width):
+    """Bool [height, width], from edge to edge."""
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    return x**2 + y**2 <= 1
+
+
+def test_a_restyled_drawing_fills_its_frame_which_may_be_lower_or_narrower():
     rng = np.random.default_rng(0)
-    y, x = np.mgrid[-1:1:41j, -1:1:61j]
-    drawing = np.repeat((x**2 + y**2 <= 1)[..., None].astype(np.float32), 4, axis=-1)  # an ellipse from edge to edge
-    silhouettes = [restyle(rng, drawing)[..., 3] > 0.5 for _ in range(40)]
+    drawing = np.repeat(ellipse(41, 61)[..., None].astype(np.float32), 4, axis=-1)
+    silhouettes = [restyle(rng, drawing)[..., 3] > 0.5 for _ in range(60)]
     for silhouette in silhouettes:
-        assert silhouette.shape == (41, 61)
         for edge in (silhouette[:2], silhouette[-2:], silhouette[:, :2], silhouette[:, -2:]):
             assert edge.any(), "the box stays true"
-    plain = drawing[..., 3] > 0.5
-    overlaps = [(plain & silhouette).sum() / (plain | silhouette).sum() for silhouette in silhouettes]
+    heights, widths = np.array([silhouette.shape for silhouette in silhouettes]).T
+    assert ((heights == 41) | (widths == 61)).all(), "one side is as long as it was"
+    assert (heights.max(), widths.max()) == (41, 61)
+    for lengths in (heights / 41, widths / 61):
+        assert augmentation.LEAST_LENGTH - 0.02 < lengths.min() < 0.75
+    plain = [ellipse(*silhouette.shape) for silhouette in silhouettes]
+    overlaps = [(one & other).sum() / (one | other).sum() for one, other in zip(plain, silhouettes)]
     assert 0.6 < min(overlaps) < 0.97, "some have other proportions, and are still the same thing"
     assert max(overlaps) == 1
 
@@ -201,6 +214,19 @@ def test_a_flattened_drawing_has_a_few_colours_and_no_fine_details():
     assert 0 < sum(faithful) < 20, "some have other colours in places, some have not"
 
 
+def test_a_flattened_drawing_is_black_or_white_in_places_sometimes():
+    drawing = np.ones((40, 40, 4), np.float32)
+    drawing[..., :3] = 0.2, 0.7, 0.3
+    drawing[:20, :, :3] = 0.8, 0.3, 0.2
+    rng = np.random.default_rng(0)
+    shades = []
+    for _ in range(60):
+        top, bottom = augmentation._flatten(rng, drawing[..., :3], drawing[..., 3:])[[5, 35], 20]
+        shades += [colour.mean() for colour in (top, bottom) if np.ptp(colour) == 0]
+    assert {round(float(shade), 2) for shade in shades} == {0.05, 0.95}
+    assert len(shades) < 60
+
+
 def test_what_is_smaller_than_a_grain_is_left_out_of_a_flattened_drawing(monkeypatch):
     drawing = np.zeros((160, 160, 4), np.float32)
     drawing[..., 2:] = 1
@@ -215,7 +241,7 @@ def test_what_is_smaller_than_a_grain_is_left_out_of_a_flattened_drawing(monkeyp
 
 def test_proportions_change_otherwise_on_the_left_than_on_the_right():
     rows = np.repeat(np.linspace(0, 1, 41, dtype=np.float32)[:, None], 30, axis=1)[..., None]
-    drawn = augmentation._proportion(np.random.default_rng(0), rows)[..., 0]
+    drawn = augmentation._proportion(np.random.default_rng(0), rows, 41)[..., 0]
     assert np.array_equal(drawn[[0, -1]], rows[[0, -1], :, 0])
     assert (np.diff(drawn, axis=0) > 0).all(), "nothing is upside down"
     assert np.abs(drawn[:, 0] - drawn[:, -1]).max() > 0.02
@@ -534,7 +560,7 @@ def test_where_to_look_is_shown_for_each_coordinate_and_code(tiny):
     cats = tuple(SceneObject(index("cat"), box, None, owner) for owner, box in enumerate(boxes, 1))
     scene = replace(scene_of(), objects=cats, owners=owners)
     codes = {owner: list(range(16)) for owner in (1, 2)}
-    segmented, ends = segmentations(scene, codes, index("cat")), label_patches([scene], 8).ends
+    segmented, ends = detections(scene, index("cat"), codes=codes), label_patches([scene], 8).ends
     rows = collate(tiny.processor, [0, 0], [("caption en", caption(scene)), ("segment cat", segmented)])
     boxes = find_boxes(tiny.processor.tokenizer, [scene], rows.pictures, rows.labels)
     assert boxes == [Told(1, rows.prefix_lengths[1].item() - 1 + 24 * place, 0, place, True) for place in (0, 1)]
@@ -862,7 +888,7 @@ def test_parts_learn_at_the_rates_they_are_told_to(tmp_path, monkeypatch):
     module = torch.nn.ModuleDict({"eye": eye, "voice": torch.nn.Linear(4, 4)})
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
     run = loop.Run("slow", module, tmp_path, steps=1, peak=1e-3, factors={eye: 0.1, eye[1]: 2.0})
-    run.train(lambda: {"loss": module["voice"](eye(torch.ones(1, 4))).square().sum()})
+    run.train(repeat(torch.ones(1, 4)), lambda inputs: {"loss": module["voice"](eye(inputs)).square().sum()})
     moved = {name: (weight - before[name]).abs().max().item() for name, weight in module.state_dict().items()}
     assert 0 < moved["eye.0.bias"] == pytest.approx(0.1 * moved["voice.bias"], rel=1e-2)
     assert moved["eye.1.bias"] == pytest.approx(2 * moved["voice.bias"], rel=1e-2)
@@ -888,7 +914,7 @@ def test_muon_moves_the_matrices_it_is_given_as_far_in_every_direction(tmp_path,
     run = loop.Run("muon", module, tmp_path, steps=1, peak=1e-3, matrices=matrices)
     strengths = 0.7 ** torch.arange(8)  # of directions, of which the last would wait for the first
     inputs = torch.randn(64, 8) * strengths
-    run.train(lambda: {"loss": sum(layer(inputs).square().mean() for layer in module.values())})
+    run.train(repeat(inputs), lambda inputs: {"loss": sum(layer(inputs).square().mean() for layer in module.values())})
     moved = {name: weight - before[name] for name, weight in module.state_dict().items()}
     given, other = (torch.linalg.svdvals(moved[f"{name}.weight"]) for name in ("given", "other"))
     assert given[-1] > 0.3 * given[0]
@@ -971,6 +997,32 @@ def test_each_loss_is_drawn_in_a_colour_of_its_own(tmp_path):
     assert len(set(curves)) == 16
 
 
+class Clocked(IterableDataset):
+    """Numbers of the process that draws them, of which each takes two seconds on a clock that nothing else moves."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def __iter__(self):
+        while True:
+            self.clock.now += 2
+            yield os.getpid()
+
+
+def test_batches_are_drawn_in_another_process_and_only_drawing_is_timed(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    drawn = batches.InBackground(Clocked(clock))
+    assert os.getpid() not in {next(drawn) for _ in range(3)}
+    assert drawn.rate == 0.5
+    timed = iter(batches._Timed(Clocked(clock)))
+    seconds = []
+    for _ in range(3):
+        seconds.append(next(timed)[0])
+        clock.now += 10  # what is done with it takes longer
+    assert seconds == [2, 2, 2]
+
+
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
     rates = [loop.learning_rate(step, 1000, 1e-3) for step in range(1001)]
     assert rates[0] <= 1e-3 / 50
@@ -1014,12 +1066,14 @@ def studio(sprites, fonts, tmp_path, monkeypatch):
 def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_path, monkeypatch):
     (tmp_path / "contrastive.csv").write_text("step,learning_rate,clip\n20,0,9.9\n")  # of a run that saved nothing
     train.STAGES["contrastive"](studio)
-    losses = [float(row["clip"]) for row in csv.DictReader((tmp_path / "contrastive.csv").open())]
+    rows = [*csv.DictReader((tmp_path / "contrastive.csv").open())]
+    assert all(float(row["drawn_per_second"]) > 0 < float(row["steps_per_second"]) for row in rows)
+    losses = [float(row["clip"]) for row in rows]
     assert len(losses) == 5
     assert losses[-1] < min(losses[0], math.log(12)) - 0.1, "no better than guessing"
 
     with (tmp_path / "contrastive.csv").open("a") as log:
-        log.write("119,0,0,9.9\n")  # an interruption came after this step was logged, and before it was saved
+        log.write("119,0,0,0,9.9\n")  # an interruption came after this step was logged, and before it was saved
     train.STAGES["contrastive"](replace(studio, steps=studio.steps | {"contrastive": 140}))  # goes on where it stopped
     steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "contrastive.csv").open())]
     assert steps == [20, 40, 60, 80, 100, 120, 140]
@@ -1066,6 +1120,23 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}
     assert isinstance(vlm.mask_decoder, MaskDecoder)
     assert vlm.generate(Image.new("RGB", (50, 50)), "caption en", max_new_tokens=3) is not None
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(studio, tmp_path, monkeypatch):
+    last = list(train.STAGES)[-1]
+    for stage in list(train.STAGES)[:-1]:
+        train.STAGES[stage](replace(studio, steps=dict.fromkeys(train.STAGES, 1)))
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    logs = []
+    for is_compiled in (False, True):
+        folder = shutil.copytree(tmp_path, tmp_path.with_name(f"compiled {is_compiled}"))
+        train.STAGES[last](replace(studio, folder=folder, compile=is_compiled))
+        logs.append([*csv.DictReader((folder / f"{last}.csv").open())])
+    assert len(logs[0]) == len(logs[1]) == studio.steps[last]
+    for plain, compiled in zip(*logs):
+        for name in plain.keys() - {"step", "steps_per_second", "drawn_per_second"}:
+            assert float(compiled[name]) == pytest.approx(float(plain[name]), rel=0.02, abs=0.005), name
 
 
 def test_a_stage_whose_forerunner_is_missing_says_which(studio):

@@ -15,6 +15,7 @@ MAX_TURN = 20  # degrees, either way
 MAX_SHEAR = 0.15
 MAX_STRETCH = 1.25
 MAX_BULGE = 0.45  # by how much parts of a drawing grow at the cost of others; below 1
+LEAST_LENGTH = 0.6  # of what is drawn lower, or narrower, than it was
 MAX_THICKNESS = 0.02  # of a line, beyond two pixels, to either side and in parts of the drawing
 GRAINS = (16, 64)  # how many grains long a drawing is in which what is smaller than a grain is left out
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
@@ -37,10 +38,16 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
         pixels: float32 [height, width, 4], RGBA in 0 to 1.
 
     Returns:
-        the same shape; what is drawn goes on filling it.
+        the same, sometimes lower or narrower; what is drawn goes on filling it.
     """
     if rng.random() < 0.5:
-        pixels = _proportion(rng, _proportion(rng, pixels).swapaxes(0, 1)).swapaxes(0, 1)
+        rows, columns = pixels.shape[:2]
+        length = rng.uniform(LEAST_LENGTH, 1)
+        if rng.random() < 0.5:
+            rows = max(1, round(rows * length))
+        else:
+            columns = max(1, round(columns * length))
+        pixels = _proportion(rng, _proportion(rng, pixels, rows).swapaxes(0, 1), columns).swapaxes(0, 1)
     colours, alpha = pixels[..., :3], pixels[..., 3:]
     is_flat = rng.random() < 0.6
     if is_flat:
@@ -60,15 +67,16 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([np.clip(colours, 0, 1), alpha], axis=-1)
 
 
-def _proportion(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Draw some rows closer together and others further apart, and not the same ones on the left and on the right.
+def _proportion(rng: np.random.Generator, pixels: np.ndarray, rows: int) -> np.ndarray:
+    """Draw it in so many rows, some closer together and others further apart, and not the same ones on the left and on the
+    right.
 
     The first and the last stay where they are.
     """
     height, width = pixels.shape[:2]
-    wanted = np.linspace(0, 1, height)[:, None]
-    waves = rng.integers(1, 3)
-    bulges = np.linspace(*rng.uniform(-MAX_BULGE, MAX_BULGE, 2), width)
+    wanted = np.linspace(0, 1, rows)[:, None]
+    waves = rng.integers(1, 4)
+    bulges = np.interp(np.linspace(0, 1, width), np.linspace(0, 1, 4), rng.uniform(-MAX_BULGE, MAX_BULGE, 4))
     places = wanted + bulges * np.sin(waves * np.pi * wanted) / (waves * np.pi)
     places *= height - 1
     above, columns = np.minimum(places.astype(int), max(0, height - 2)), np.arange(width)
@@ -87,8 +95,10 @@ def _flatten(rng: np.random.Generator, colours: np.ndarray, alpha: np.ndarray) -
     image = coarse.convert("RGB").resize(image.size, Image.Resampling.BICUBIC)
     image = image.quantize(palette=coarse, dither=Image.Dither.NONE)
     palette = np.array(coarse.getpalette(), np.float32).reshape(-1, 3) / 255
-    is_other = rng.random(len(palette)) < 0.25
-    palette[is_other] = rng.random((is_other.sum(), 3))
+    if rng.random() < 0.5:
+        is_other, is_plain = rng.random((2, len(palette))) < np.array([[0.3], [0.2]])
+        palette[is_other] = rng.random((is_other.sum(), 3))
+        palette[is_plain] = rng.choice([0.05, 0.95], (is_plain.sum(), 1))  # black or white
     return palette[np.asarray(image)]
 
 

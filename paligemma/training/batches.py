@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -24,11 +25,11 @@ from .tasks import (
     Slip,
     caption,
     caption_with_slip,
+    detections,
     loc_steps,
     loc_tokens,
     prompts_and_answers,
     segment_prompt,
-    segmentations,
 )
 from .tokenizer import SEG_TOKENS
 
@@ -195,7 +196,7 @@ class SceneBatches(PatchBatches):
             for picture in range(further.stop, further.stop + self.segmented):
                 kinds = list(dict.fromkeys(rng.permutation([thing.kind for thing in scenes[picture].objects]).tolist()))
                 kinds = kinds[: rng.integers(len(kinds)) + 1]
-                answer = segmentations(scenes[picture], codes[picture], *kinds)
+                answer = detections(scenes[picture], *kinds, codes=codes[picture])
                 asked.append((picture, (segment_prompt(*kinds), answer), None))
             # Rows of like length together, because each is padded to the longest of its chunk.
             asked.sort(key=lambda item: len(self.processor.tokenizer.encode(" ".join(item[1])).ids))
@@ -272,9 +273,36 @@ def nearest_codes(codec: MaskCodec) -> Tensor:
     return torch.cdist(codec.codebook, codec.codebook).topk(ALIKE, largest=False).indices
 
 
-def in_background(batches: IterableDataset) -> Iterator:
-    """Draw in one other process, so that drawing and computing overlap."""
-    return iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
+class InBackground(Iterator):
+    """The batches of a data set, drawn in one other process, so that drawing and computing overlap."""
+
+    def __init__(self, batches: IterableDataset):
+        self._timed = iter(DataLoader(_Timed(batches), batch_size=None, num_workers=1, prefetch_factor=4))
+        self._drawn, self._seconds = 0, 0.0
+
+    def __next__(self) -> object:
+        seconds, batch = next(self._timed)
+        self._drawn += 1
+        self._seconds += seconds
+        return batch
+
+    @property
+    def rate(self) -> float:
+        """Batches a second that are drawn where nothing waits: beside more steps a second, drawing is what holds up."""
+        return self._drawn / self._seconds
+
+
+class _Timed(IterableDataset):
+    """Each batch with the seconds that it took to draw."""
+
+    def __init__(self, batches: IterableDataset):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[float, object]]:
+        start = time.perf_counter()
+        for batch in self.batches:
+            yield time.perf_counter() - start, batch
+            start = time.perf_counter()
 
 
 def move(batch: PatchLabels | Rows | Looks, device: torch.device) -> PatchLabels | Rows | Looks:

@@ -22,7 +22,7 @@ from .scenes import Box, Scene
 from .tasks import loc_tokens
 from .tokenizer import SEG_TOKENS
 
-SIDES = 4  # of a box, and heads of the eye
+SIDES = 4  # of a box; each has a head of the eye
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,16 @@ def spread_over_cells(box: Box, side: int) -> Tensor:
 
 
 def eye_loss(layer: VisionLayer, hidden_states: Tensor, labels: PatchLabels) -> Tensor:
-    """How far each of a layer's heads is from looking, at an object's patches, where it ends on one of its sides.
+    """How far each of a layer's four heads is from looking, at an object's patches, where it ends on one of its sides.
 
     `hidden_states`, float [P, patches, width], are what the layer reads.
     """
     attention, states = layer.self_attn, layer.layer_norm1(hidden_states)
     queries, keys = (
-        project(states).unflatten(-1, (SIDES, -1)).transpose(1, 2) for project in (attention.q_proj, attention.k_proj)
+        project(states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj)
     )
-    logits = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5  # [P, sides, patches, patches]
+    logits = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5  # [P, heads, patches, patches]
     pictures, patches = (labels.owners >= 0).nonzero(as_tuple=True)
     wanted = labels.ends[pictures, labels.owners[pictures, patches]]
     return attention_loss(logits[pictures, :, patches], spread_evenly(wanted))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..checkpoints import multiplies_bfloat16
+from .batches import InBackground
 
 WARM_UP_STEPS = 100
 WEIGHT_DECAY = 0.05
@@ -67,19 +69,24 @@ class Run:
             self.log_path.unlink(missing_ok=True)  # of a run that ended before its first save
         self._last_log = (self.step, time.monotonic())
 
-    def train(self, losses: Callable[[], dict[str, Tensor]]) -> None:
-        """Until the last step: `losses` draws a batch and returns its losses by name, whose sum is descended."""
+    def train(self, batches: InBackground, losses: Callable[[Any], dict[str, Tensor]]) -> None:
+        """Until the last step: `losses` takes a batch and returns its losses by name, whose sum is descended."""
         device = next(self.module.parameters()).device
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10)
         while self.step < self.steps:
             with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
-                parts = losses()
-            self._update(parts)
+                parts = losses(next(batches))
+            rate = self._update(parts)
+            if self.step % LOG_EVERY == 0:
+                self._log(rate, batches.rate)
+            if self.step % SAVE_EVERY == 0 or self.step >= self.steps:
+                self._save()
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in self.averages.items()}, refresh=False)
         bar.close()
 
-    def _update(self, parts: dict[str, Tensor]) -> None:
+    def _update(self, parts: dict[str, Tensor]) -> float:
+        """One step down the sum of the losses; returns the learning rate."""
         rate = learning_rate(self.step, self.steps, self.peak)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -93,18 +100,16 @@ class Run:
         for name, value in zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist()):
             before = self.averages.get(name, value)
             self.averages[name] = LOSS_SMOOTHING * before + (1 - LOSS_SMOOTHING) * value
-        if self.step % LOG_EVERY == 0:
-            self._log(rate)
-        if self.step % SAVE_EVERY == 0 or self.step >= self.steps:
-            self._save()
+        return rate
 
-    def _log(self, rate: float) -> None:
+    def _log(self, rate: float, drawn_per_second: float) -> None:
         step, then = self._last_log
         self._last_log = (self.step, time.monotonic())
         row = {
             "step": self.step,
             "learning_rate": f"{rate:.2e}",
             "steps_per_second": round((self.step - step) / (self._last_log[1] - then), 2),
+            "drawn_per_second": round(drawn_per_second, 2),
             **{name: round(value, 4) for name, value in self.averages.items()},
         }
         new = not self.log_path.exists()

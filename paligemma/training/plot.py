@@ -7,7 +7,7 @@ import csv
 from pathlib import Path
 
 # Columns of a log that are no losses.
-NO_LOSSES = ("step", "learning_rate", "steps_per_second")
+NO_LOSSES = ("step", "learning_rate", "steps_per_second", "drawn_per_second")
 
 
 def plot(folder: Path) -> Path:

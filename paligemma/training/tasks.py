@@ -131,18 +131,17 @@ def segment_prompt(*kinds: int) -> str:
     return "segment " + " ; ".join(KINDS[kind].name for kind in kinds)
 
 
-def detections(scene: Scene, *kinds: int) -> str:
-    """Four loc tokens and the name for each object of the kinds, in reading order; empty when there is none."""
-    return " ; ".join(f"{loc_tokens(thing)} {KINDS[thing.kind].name}" for thing in scene.objects if thing.kind in kinds)
+def detections(scene: Scene, *kinds: int, codes: dict[int, list[int]] | None = None) -> str:
+    """Four loc tokens and the name for each object of the kinds, in reading order; empty when there is none.
 
-
-def segmentations(scene: Scene, codes: dict[int, list[int]], *kinds: int) -> str:
-    """As `detections`, with the 16 seg tokens of each object after its box; `codes` holds them by owner."""
-    return " ; ".join(
-        f"{loc_tokens(thing)}{''.join(f'<seg{code:03d}>' for code in codes[thing.owner])} {KINDS[thing.kind].name}"
-        for thing in scene.objects
-        if thing.kind in kinds
-    )
+    With `codes`, the mask codes of each object by owner, the 16 seg tokens of each come after its box.
+    """
+    parts = []
+    for thing in scene.objects:
+        if thing.kind in kinds:
+            mask = "" if codes is None else "".join(f"<seg{code:03d}>" for code in codes[thing.owner])
+            parts.append(f"{loc_tokens(thing)}{mask} {KINDS[thing.kind].name}")
+    return " ; ".join(parts)
 
 
 def loc_tokens(thing: SceneObject) -> str:
@@ -177,7 +176,7 @@ def prompts_and_answers(
         pairs.append((OCR_PROMPT, scene.word))
     if rng.random() < 0.6:
         segmented = _kind_to_ask_about(rng, scene, kinds)
-        pairs.append((segment_prompt(segmented), segmentations(scene, codes, segmented)))
+        pairs.append((segment_prompt(segmented), detections(scene, segmented, codes=codes)))
     if rng.random() < 0.1:
         pairs.append((BACKGROUND_PROMPT, scene.background))
     questions = questions_and_answers(rng, scene, kinds)

@@ -15,6 +15,7 @@ Stage by stage, from what is quick to learn from to what is like life:
 - `traced`: the same, with more masks, judged by what is decoded of them; their decoder learns from what the voice says.
 - `finer`: the same, on still larger pictures, and with the codes that are read being those that the voice has said.
 - `fuller`: the same, with more masks still, and fewer of the other answers.
+- `bolder`: the same, with fewer masks again, and with an eye that learns as fast as the rest.
 
 `--stage NAME` does one only. A run that was interrupted goes on from its last save when the same command is given again.
 """
@@ -40,7 +41,7 @@ from ..model import PaliGemma
 from ..processor import Processor
 from . import contrastive, looking, naming
 from .artwork import HELD_OUT_STYLE, KINDS, STYLES, load_fonts, load_sprites
-from .batches import CropBatches, PatchBatches, Rows, SceneBatches, in_background, move
+from .batches import CropBatches, InBackground, PatchBatches, Rows, SceneBatches, move
 from .contrastive import CROP_SIZE
 from .loop import Run, checkpoint_gradients
 from .losses import TokenRisk, answer_loss
@@ -74,6 +75,7 @@ STEPS = {
     "traced": 1750,
     "finer": 850,
     "fuller": 620,
+    "bolder": 720,
 }
 PEAKS = {
     "contrastive": 1e-3,
@@ -89,6 +91,7 @@ PEAKS = {
     "traced": 4e-4,
     "finer": 4e-4,
     "fuller": 4e-4,
+    "bolder": 4e-4,
 }
 POSITIONS = "embeddings.position_embedding.weight"  # of an eye's state
 JUDGED = 500  # fresh crops that the first two stages are judged by
@@ -199,12 +202,12 @@ def train_contrastive(studio: Studio) -> None:
     )
     run = studio.run(stage, model)
     label = partial(contrastive.caption_ids, studio.processor)
-    batches = in_background(
+    batches = InBackground(
         CropBatches(
             studio.processor, studio.painter, contrastive.CROPS_A_BATCH, CROP_SIZE, label, studio.seed(stage, run)
         )
     )
-    run.train(lambda: model.losses(*(part.to(studio.device) for part in next(batches))))
+    run.train(batches, lambda batch: model.losses(*(part.to(studio.device) for part in batch)))
     print(contrastive.zero_shot(model.cpu(), studio.processor, studio.painter, JUDGED))
 
 
@@ -215,25 +218,25 @@ def train_naming(studio: Studio) -> None:
     run, restyled = studio.run(stage, model), torch.zeros(()).share_memory_()
     painter = copy(studio.painter)
     painter.restyled = restyled
-    batches = in_background(
+    batches = InBackground(
         CropBatches(
             studio.processor, painter, naming.CROPS_A_BATCH, CROP_SIZE, naming.kinds_of, studio.seed(stage, run)
         )
     )
 
-    def losses() -> dict[str, Tensor]:
+    def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         grow(run, restyled, 0.0, studio.painter.restyled)
-        return model.losses(*(part.to(studio.device) for part in next(batches)))
+        return model.losses(*(part.to(studio.device) for part in batch))
 
-    run.train(losses)
+    run.train(batches, losses)
 
 
 def train_masks(studio: Studio) -> None:
     stage = "masks"
     codec = MaskCodec()
     run = studio.run(stage, codec)
-    batches = in_background(MaskBatches(studio.painter, studio.seed(stage, run)))
-    run.train(lambda: codec.losses(next(batches).to(studio.device)))
+    batches = InBackground(MaskBatches(studio.painter, studio.seed(stage, run)))
+    run.train(batches, lambda masks: codec.losses(masks.to(studio.device)))
     print(f"masks and what is decoded of them overlap by {reconstruction_iou(codec.cpu(), studio.painter, JUDGED):.3f}")
 
 
@@ -247,16 +250,16 @@ def train_patches(studio: Studio) -> None:
         model.heads["shown"].weight[: len(KINDS)] = studio.saved("naming")["kinds.weight"]
     studio.prepare(model.vision_tower.encoder["layers"])
     run, max_objects = studio.run(stage, model), torch.tensor(FIRST_MAX_OBJECTS).share_memory_()
-    batches = in_background(
+    batches = InBackground(
         PatchBatches(studio.processor, studio.painter, SCENES_A_BATCH, max_objects, studio.seed(stage, run))
     )
 
-    def losses() -> dict[str, Tensor]:
+    def losses(batch: tuple[Tensor, PatchLabels]) -> dict[str, Tensor]:
         grow(run, max_objects, FIRST_MAX_OBJECTS, MAX_OBJECTS)
-        pixel_values, labels = next(batches)
+        pixel_values, labels = batch
         return model.losses(pixel_values.to(studio.device), move(labels, studio.device))
 
-    run.train(losses)
+    run.train(batches, losses)
 
 
 def rows_loss(model: PaliGemma, image_features: Tensor, chunks: list[Rows], risks: Sequence[TokenRisk] = ()) -> Tensor:
@@ -390,14 +393,14 @@ def train_voice(studio: Studio) -> None:
     batches = _scene_batches(studio, stage, run, max_objects, PICTURES_A_BATCH, asked_about=PICTURES_A_BATCH)
     risks = studio.risks()
 
-    def losses() -> dict[str, Tensor]:
+    def losses(batch: tuple[Tensor, PatchLabels, list[Rows]]) -> dict[str, Tensor]:
         grow(run, max_objects, FIRST_MAX_OBJECTS, MAX_OBJECTS)
-        pixel_values, labels, chunks = next(batches)
+        pixel_values, labels, chunks = batch
         features = model.image_features(pixel_values.to(studio.device))
         chunks = [move(rows, studio.device) for rows in chunks]
         return together.answer_losses(features, move(labels, studio.device), chunks, risks)
 
-    run.train(losses)
+    run.train(batches, losses)
 
 
 @dataclass(frozen=True)
@@ -444,6 +447,9 @@ LESSONS["traced"] = replace(
 )
 LESSONS["finer"] = replace(LESSONS["traced"], forerunner="traced", image_size=IMAGE_SIZE, reads_own_codes=True)
 LESSONS["fuller"] = replace(LESSONS["finer"], forerunner="finer", asked_about=9, captioned=9, segmented=30)
+LESSONS["bolder"] = replace(
+    LESSONS["fuller"], forerunner="fuller", eye_slowness=1.0, asked_about=12, captioned=15, segmented=21
+)
 
 
 def train_all(stage: str, studio: Studio) -> None:
@@ -476,8 +482,8 @@ def train_all(stage: str, studio: Studio) -> None:
     spoken_of = lessons.asked_about + lessons.captioned + lessons.segmented
     risks, first_code = studio.risks(), studio.first_code()
 
-    def losses() -> dict[str, Tensor]:
-        pixel_values, labels, chunks = next(batches)
+    def losses(batch: tuple[Tensor, PatchLabels, list[Rows]]) -> dict[str, Tensor]:
+        pixel_values, labels, chunks = batch
         labels, chunks = move(labels, studio.device), [move(rows, studio.device) for rows in chunks]
         with recorded(eye[-2]) as outputs:
             features = model.vision_tower(pixel_values.to(studio.device))
@@ -493,7 +499,7 @@ def train_all(stage: str, studio: Studio) -> None:
             losses["eye_looks"] = EYE_LOOK_WEIGHT * looking.eye_loss(eye[-1], outputs[0], labels)
         return losses
 
-    run.train(losses)
+    run.train(batches, losses)
     save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16, is_feed_forward)
     decoder = together.mask_decoder.cpu().state_dict()
     save_file({name: value.bfloat16() for name, value in decoder.items()}, studio.folder / "mask_decoder.safetensors")
@@ -521,10 +527,12 @@ def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig, eye_grows_last: 
     return weights
 
 
-def _scene_batches(studio: Studio, stage: str, run: Run, max_objects: Tensor, pictures: int, **asked: int) -> Iterator:
+def _scene_batches(
+    studio: Studio, stage: str, run: Run, max_objects: Tensor, pictures: int, **asked: int
+) -> InBackground:
     """Of so many pictures; `asked`, as `SceneBatches` takes it, says which the voice is asked about, and what."""
     seed = studio.seed(stage, run)
-    return in_background(
+    return InBackground(
         SceneBatches(studio.processor, studio.painter, pictures, max_objects, seed, studio.codec(), **asked)
     )
 
