@@ -1108,6 +1108,7 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     monkeypatch.setitem(train.LESSONS, "fuller", few)
     train.STAGES["fuller"](studio)
     assert made == [{"asked_about": 1, "captioned": 1, "segmented": 2}]
+    train.STAGES["bolder"](studio)
 
     from paligemma import load
 

@@ -41,12 +41,8 @@ def restyle(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
         the same, sometimes lower or narrower; what is drawn goes on filling it.
     """
     if rng.random() < 0.5:
-        rows, columns = pixels.shape[:2]
-        length = rng.uniform(LEAST_LENGTH, 1)
-        if rng.random() < 0.5:
-            rows = max(1, round(rows * length))
-        else:
-            columns = max(1, round(columns * length))
+        lengths = rng.permutation([1, rng.uniform(LEAST_LENGTH, 1)])
+        rows, columns = (max(1, round(side * length)) for side, length in zip(pixels.shape, lengths))
         pixels = _proportion(rng, _proportion(rng, pixels, rows).swapaxes(0, 1), columns).swapaxes(0, 1)
     colours, alpha = pixels[..., :3], pixels[..., 3:]
     is_flat = rng.random() < 0.6

@@ -288,7 +288,7 @@ class InBackground(Iterator):
 
     @property
     def rate(self) -> float:
-        """Batches a second that are drawn where nothing waits: beside more steps a second, drawing is what holds up."""
+        """Batches that are drawn in a second of drawing; where steps a second come near it, drawing is what they wait for."""
         return self._drawn / self._seconds
 
 

@@ -76,7 +76,8 @@ class Run:
         while self.step < self.steps:
             with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
                 parts = losses(next(batches))
-            rate = self._update(parts)
+            rate = learning_rate(self.step, self.steps, self.peak)
+            self._update(parts, rate)
             if self.step % LOG_EVERY == 0:
                 self._log(rate, batches.rate)
             if self.step % SAVE_EVERY == 0 or self.step >= self.steps:
@@ -85,9 +86,8 @@ class Run:
             bar.set_postfix({name: f"{value:.3f}" for name, value in self.averages.items()}, refresh=False)
         bar.close()
 
-    def _update(self, parts: dict[str, Tensor]) -> float:
-        """One step down the sum of the losses; returns the learning rate."""
-        rate = learning_rate(self.step, self.steps, self.peak)
+    def _update(self, parts: dict[str, Tensor], rate: float) -> None:
+        """One step down the sum of the losses."""
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["factor"]
@@ -100,7 +100,6 @@ class Run:
         for name, value in zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist()):
             before = self.averages.get(name, value)
             self.averages[name] = LOSS_SMOOTHING * before + (1 - LOSS_SMOOTHING) * value
-        return rate
 
     def _log(self, rate: float, drawn_per_second: float) -> None:
         step, then = self._last_log
