@@ -990,7 +990,8 @@ def test_layers_added_to_an_eye_change_nothing_until_they_learn(tiny, at_end):
 
 def test_each_loss_is_drawn_in_a_colour_of_its_own(tmp_path):
     names = [f"loss {number}" for number in range(16)]
-    rows = [",".join(["step", *names]), *(",".join(map(str, [step, *range(1, 17)])) for step in (25, 50))]
+    header = ["step", "learning_rate", "steps_per_second", "drawn_per_second", *names]  # the first four are no losses
+    rows = [",".join(header), *(",".join(map(str, [step, 1, 1, 1, *range(1, 17)])) for step in (25, 50))]
     (tmp_path / "stage.csv").write_text("\n".join(rows))
     svg = plot(tmp_path).read_text()
     curves = re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 1.5", svg)  # each in the panel and in its legend
