@@ -30,10 +30,10 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 import paligemma
-from paligemma import rendering
 from paligemma.annotations import Detection
-from paligemma.serving import EMBEDDED, STATUS_SECONDS, Answer, Models, answer_prompts
-from paligemma.tasks import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
+from paligemma.demo import rendering
+from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Answer, Models, answer_prompts
+from paligemma.prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 
 if TYPE_CHECKING:
     from paligemma.training.scenes import Painter
@@ -94,7 +94,7 @@ THEME = gr.themes.Soft(
 LAUNCH_SETTINGS = {
     "theme": THEME,
     "css": rendering.linking_css(),
-    "css_paths": PACKAGE / "page.css",
+    "css_paths": PACKAGE / "demo" / "page.css",
     "max_file_size": MAX_FILE_SIZE,
     "ssr_mode": False,
 }
@@ -365,7 +365,7 @@ def build_page(models: Models) -> gr.Blocks:
                 status = gr.Markdown(models.status(first), elem_id="status")
             with gr.Column(scale=6, min_width=340, elem_id="result"):
                 gr.Examples(
-                    [[str(PACKAGE / "examples" / name), text] for name, text in EXAMPLES],
+                    [[str(PACKAGE / "demo" / "examples" / name), text] for name, text in EXAMPLES],
                     [image, prompt],
                     example_labels=[text for _, text in EXAMPLES],
                     label="Try one of these",

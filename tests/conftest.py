@@ -15,10 +15,11 @@ import pytest
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
+from paligemma.demo.serving import EMBEDDED, Models
 from paligemma.mask_decoder import MaskDecoder
-from paligemma.serving import EMBEDDED, Models
 
-EXAMPLES = Path(__file__).parent.parent / "paligemma" / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "paligemma" / "demo" / "examples"
 # Of a stopped answer: the one under way, and one that may end while the news travels.
 ONE_TOKEN = 2
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

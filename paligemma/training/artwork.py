@@ -22,7 +22,7 @@ from PIL import Image
 
 CACHE_FOLDER = Path.home() / ".cache" / "paligemma-training"
 # What the page draws new scenes from.
-SHEET, SHEET_COLUMNS = Path(__file__).parent.parent / "examples" / "artwork" / "sprites.webp", 25
+SHEET, SHEET_COLUMNS = Path(__file__).parent.parent / "demo" / "examples" / "artwork" / "sprites.webp", 25
 SHEET_FONT = SHEET.parent / "DejaVuSans-Bold.ttf"
 
 # npm package and version: name, licence. The README credits them.

@@ -11,7 +11,7 @@ from PIL import Image
 from .artwork import KINDS, SHEET, SHEET_FONT, load_fonts, load_sprites, pack_sheet
 from .scenes import Painter
 
-FOLDER = Path(__file__).parent.parent / "examples"
+FOLDER = Path(__file__).parent.parent / "demo" / "examples"
 SIZE = 448
 SPRITE_SIZE = 320
 SHEET_SPRITE_SIZE = 160  # the whole sheet stays far below 10 MB

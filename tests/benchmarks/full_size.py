@@ -372,7 +372,7 @@ def seconds_to_page() -> float:
 def seconds_to_captions(turns: int) -> list[float]:
     """From picture to finished caption with the embedded checkpoint, each time without its eye's cache."""
     vlm, seconds = paligemma.load(device="cpu"), []
-    pictures = sorted((Path(paligemma.__file__).parent / "examples").glob("*.png"))
+    pictures = sorted((Path(paligemma.__file__).parent / "demo" / "examples").glob("*.png"))
     vlm.generate(Image.new("RGB", (64, 64)), "caption en")
     for turn in range(turns):
         for file in pictures:

@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .annotations import Detection, Part, place_mask, run_lengths
+from ..annotations import Detection, Part, place_mask, run_lengths
 from .serving import Answer
 
 # One colour after another: white letters on each of them, and each on white, have a contrast above 4.5 (WCAG 2, AA).

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from paligemma.annotations import Detection
-from paligemma.rendering import COLOURS, answers_html, draw, figure_html, mark_objects, to_json
-from paligemma.serving import Answer
+from paligemma.demo.rendering import COLOURS, answers_html, draw, figure_html, mark_objects, to_json
+from paligemma.demo.serving import Answer
 
 LEFT_HALF = np.where(np.arange(64) < 32, 1.0, -1.0).astype(np.float32)[None].repeat(64, 0)
 CAT = Detection("cat", (0.25, 0.25, 0.75, 0.75), (5,) * 16)

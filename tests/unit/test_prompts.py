@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paligemma.tasks import LANGUAGES, TASKS, detect_prompt, segment_prompt, task_of
+from paligemma.prompts import LANGUAGES, TASKS, detect_prompt, segment_prompt, task_of
 
 
 def test_prompts_of_the_tasks():

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .annotations import AnnotatedText
-from .config import PaliGemmaError
-from .tasks import task_of
+from ..annotations import AnnotatedText
+from ..config import PaliGemmaError
+from ..prompts import task_of
 
 if TYPE_CHECKING:
-    from .generation import VisionLanguageModel
+    from ..generation import VisionLanguageModel
 
 EMBEDDED = "embedded"
 STATUS_SECONDS = 0.5  # between two looks at how far the loading is
@@ -191,7 +191,7 @@ def _lines(path: Path) -> list[str]:
 def _free() -> None:
     import torch
 
-    from .checkpoints import give_back_freed_memory
+    from ..checkpoints import give_back_freed_memory
 
     gc.collect()
     give_back_freed_memory()

@@ -10,7 +10,7 @@ from conftest import EXAMPLES, Watched, wait_until
 from PIL import Image
 
 from paligemma import PaliGemmaError
-from paligemma.serving import EMBEDDED, Answer, Models, answer_prompts, available_memory
+from paligemma.demo.serving import EMBEDDED, Answer, Models, answer_prompts, available_memory
 
 PICTURE = Image.open(EXAMPLES / "cats.png")
 GIGABYTE = 2**30

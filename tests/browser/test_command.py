@@ -9,18 +9,16 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, ROOT
 from gradio_client import Client, handle_file
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
 
 PICTURE = EXAMPLES / "cats.png"
-ROOT = Path(__file__).parent.parent
 
 
 def run_app(*arguments, **environment):

@@ -17,8 +17,8 @@ from playwright.sync_api import expect
 
 import app
 import paligemma
-from paligemma.serving import EMBEDDED, Models
-from paligemma.tasks import TASKS
+from paligemma.demo.serving import EMBEDDED, Models
+from paligemma.prompts import TASKS
 
 PICTURE = EXAMPLES / "cats.png"
 BOX, OTHER_BOX = "<loc0256><loc0256><loc0768><loc0768>", "<loc0000><loc0512><loc0256><loc1000>"
