@@ -50,7 +50,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """A whole checkpoint: the eye, the voice, and the ids of the tokens with a special meaning."""
+    """A whole checkpoint: vision encoder, decoder, and the ids of the tokens with a special meaning.
+
+    tie_word_embeddings: whether the output layer is the token embedding again, as in the official checkpoints.
+    """
 
     vision: VisionConfig
     text: TextConfig
@@ -58,6 +61,7 @@ class PaliGemmaConfig:
     pad_token_id: int = 0
     bos_token_id: int = 2
     eos_token_ids: tuple[int, ...] = (1,)
+    tie_word_embeddings: bool = True
 
     @classmethod
     def from_file(cls, path: str | Path) -> PaliGemmaConfig:
@@ -103,6 +107,7 @@ class PaliGemmaConfig:
             pad_token_id=_first_given(values.get("pad_token_id"), text.get("pad_token_id"), 0),
             bos_token_id=_first_given(values.get("bos_token_id"), text.get("bos_token_id"), 2),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            tie_word_embeddings=values.get("tie_word_embeddings") is not False,
         )
         config._check_sizes()
         return config
@@ -122,7 +127,7 @@ class PaliGemmaConfig:
             "pad_token_id": self.pad_token_id,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids),
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tie_word_embeddings,
         }
 
     def _check_sizes(self) -> None:

@@ -188,7 +188,3 @@ class GemmaModel(nn.Module):
         if cache is not None:
             cache.advance(length)
         return self.norm(hidden_states)
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Float [..., hidden_size] to float32 [..., vocab_size], with the token embedding as output layer."""
-        return self.embed_tokens.logits(hidden_states).float()

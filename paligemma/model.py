@@ -26,6 +26,18 @@ class PaliGemma(nn.Module):
             {"linear": nn.Linear(config.vision.hidden_size, config.text.hidden_size)}
         )
         self.language_model = GemmaModel(config.text)
+        # Trained apart in few checkpoints; else the token embedding is the output layer as well.
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        )
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Float [..., hidden_size], the decoder's last, to float32 [..., vocab_size]."""
+        if self.lm_head is None:
+            return self.language_model.embed_tokens.logits(hidden_states).float()
+        return self.lm_head(hidden_states).float()
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Float [B, 3, H, W] to float [B, patches, hidden_size], as they enter the decoder (unscaled)."""
@@ -67,7 +79,7 @@ class PaliGemma(nn.Module):
             float32 [B, T, vocab_size].
         """
         hidden_states = self.hidden_states(self.image_features(pixel_values), input_ids, prefix_lengths, attention_mask)
-        return self.language_model.logits(hidden_states)
+        return self.logits(hidden_states)
 
     def prefill(self, image_features: Tensor, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Read picture and prompt into an empty cache in one pass, all positions seeing each other.
@@ -82,12 +94,12 @@ class PaliGemma(nn.Module):
         """
         last = input_ids.shape[1] - 1
         hidden_states = self.language_model(self._embed(image_features, input_ids), cache=cache, first=last)
-        return self.language_model.logits(hidden_states[:, -1])
+        return self.logits(hidden_states[:, -1])
 
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Append one token a row, int64 [B, 1], to the cache; return the next one's logits, float32 [B, vocab_size]."""
         hidden_states = self.language_model(self.language_model.embed(input_ids), cache=cache)
-        return self.language_model.logits(hidden_states[:, -1])
+        return self.logits(hidden_states[:, -1])
 
     def _embed(self, image_features: Tensor, input_ids: Tensor) -> Tensor:
         text = self.language_model.embed(input_ids[:, image_features.shape[1] :])

@@ -274,7 +274,7 @@ def rows_loss(model: PaliGemma, image_features: Tensor, chunks: list[Rows], risk
             features, rows.input_ids, rows.prefix_lengths, rows.attention_mask, first=rows.first
         )
         labels, weights = rows.labels[:, rows.first :], rows.weights[:, rows.first :]
-        total = total + answer_loss(hidden_states, labels, weights, model.language_model.logits, risks)
+        total = total + answer_loss(hidden_states, labels, weights, model.logits, risks)
         weight = weight + weights.sum()
     return total / weight
 
@@ -369,7 +369,7 @@ class Together(nn.Module):
 
     def _code_logits(self, states: Tensor, first_code: int) -> Tensor:
         """Float32 [N, codes], of the voice's last states, [N, width]."""
-        return self.model.language_model.logits(states)[:, first_code : first_code + CODES]
+        return self.model.logits(states)[:, first_code : first_code + CODES]
 
 
 def is_code(ids: Tensor, first_code: int) -> Tensor:

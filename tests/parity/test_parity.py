@@ -123,7 +123,7 @@ def test_loss_and_gradients_equal_the_reference(load_both):
     )
     # The reference counts every label alike.
     labelled = (rows.labels != NO_LABEL).float()
-    loss = answer_loss(hidden_states, rows.labels, labelled / labelled.sum(), model.language_model.logits)
+    loss = answer_loss(hidden_states, rows.labels, labelled / labelled.sum(), model.logits)
     loss.backward()
 
     # The reference wants <eos> among the inputs, and shifts the labels by itself.

@@ -864,7 +864,7 @@ def test_codes_are_read_as_the_voice_says_them(tiny, painter, monkeypatch):
             states = together.model.hidden_states(
                 features[rows.pictures], last.input_ids, rows.prefix_lengths, rows.attention_mask
             )
-            said = together.model.language_model.logits(states)[..., first_code : first_code + 128].argmax(-1)
+            said = together.model.logits(states)[..., first_code : first_code + 128].argmax(-1)
         assert torch.equal(said[:, :-1][is_code[:, 1:]], last.input_ids[is_code] - first_code)
         for row, codes in enumerate(is_code):
             place = codes.nonzero()[:2, 0]  # of the first two codes
