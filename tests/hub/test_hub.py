@@ -175,14 +175,7 @@ def test_index_that_leaves_its_folder_is_refused(hub, small, tmp_path):
             "holds a LoRA adapter for google/base, and no whole",
         ),
         (["pytorch_model.bin"], {}, "holds its weights only in pickled form (pytorch_model.bin)"),
-        (["model.fp16.safetensors"], {}, "holds only a variant of its weights (model.fp16.safetensors)"),
-        (
-            ["model-00001-of-00002.safetensors"],
-            {},
-            f"holds shards (model-00001-of-00002.safetensors), but no {INDEX_FILE}",
-        ),
         (["model.safetensors"], {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantized for gptq"),
-        (["model.safetensors"], {"quantization": {"bits": 4}}, "holds weights quantized for MLX"),
     ],
 )
 def test_formats_of_other_programs_are_named_before_anything_large_is_fetched(hub, tmp_path, names, config, expected):
