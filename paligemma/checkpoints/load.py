@@ -16,6 +16,7 @@ from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from ..mask_decoder import MaskDecoder
 from ..model import PaliGemma
 from ..processor import Processor
+from .big_vision import BigVisionFile, find_npz
 from .hub import download
 from .quantized import load_int8_weights
 from .weights import Progress, load_weights, no_progress, weight_files
@@ -35,12 +36,14 @@ def load(
     compile: bool = False,
     progress: Progress = no_progress,
     make_room: Callable[[int], None] = no_room_made,
+    tokenizer: str | os.PathLike | None = None,
 ) -> VisionLanguageModel:
     """Load a checkpoint and all that it takes to use it.
 
     Args:
         source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
-            revision may follow: `google/paligemma-3b-mix-224@bfloat16`.
+            revision may follow: `google/paligemma-3b-mix-224@bfloat16`. Or an `.npz` file of big_vision, or a folder
+            that holds one.
         device: where to run; None takes a GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
             are kept next to the Hub's cache, so that they are made once.
@@ -48,6 +51,7 @@ def load(
         compile: compile the step that makes a token (CUDA), see `VisionLanguageModel.compile`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
+        tokenizer: a `tokenizer.json`, or a folder that holds one; None takes the one beside the checkpoint.
 
     Raises:
         PaliGemmaError: the checkpoint cannot be found, reached, read or run; the sentence says what to do.
@@ -57,8 +61,12 @@ def load(
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
     folder = find_folder(source, revision, progress)
-    config = PaliGemmaConfig.from_file(folder / "config.json")
-    processor = Processor.from_file(config, folder / "tokenizer.json")
+    npz = find_npz(folder)
+    folder = folder if npz is None else npz.parent
+    config = PaliGemmaConfig.from_file(folder / "config.json") if npz is None else BigVisionFile(npz).config
+    processor = Processor.from_file(
+        config, find_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
+    )
     with torch.device("meta"), WithoutInitialisation():
         model = PaliGemma(config)
     if device.type == "cpu":
@@ -67,11 +75,12 @@ def load(
     if dtype is None:
         dtype = choose_dtype(device, parameters)
     make_room(parameters * dtype.itemsize)
+    files = weight_files(folder) if npz is None else [npz]
     with explained_lack_of_memory(device):
         if dtype == torch.int8:
-            load_int8_weights(model, weight_files(folder), progress)
+            load_int8_weights(model, files, progress)
         else:
-            load_weights(model, weight_files(folder), dtype, device, progress)
+            load_weights(model, files, dtype, device, progress)
     keep_freed_memory()
     vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
     if compile:
@@ -82,17 +91,31 @@ def load(
 def find_folder(
     source: str | os.PathLike | None, revision: str | None = None, progress: Progress = no_progress
 ) -> Path:
-    """The folder that holds a checkpoint's files, fetched from the Hub if need be."""
+    """The folder that holds a checkpoint's files, fetched from the Hub if need be, or its `.npz` file."""
     if source is None:
         return EMBEDDED_FOLDER
     folder = Path(os.path.expanduser(source))
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".npz"):
         return folder
+    if folder.suffix == ".npz":
+        raise PaliGemmaError(f"There is no file {folder}; please check its path.")
     source = str(source)
     repository, _, revision_in_source = source.partition("@")
     if folder.is_absolute() or source.startswith((".", "~")) or repository.count("/") != 1:
         raise PaliGemmaError(f"There is no folder {source}; please give a folder or a Hub id such as owner/name.")
     return download(repository, revision or revision_in_source or None, progress)
+
+
+def find_tokenizer(place: Path) -> Path:
+    """The `tokenizer.json` at a path: the file itself, or in a folder."""
+    if not place.is_dir():
+        return place
+    if not (place / "tokenizer.json").exists() and any(place.glob("*.model")):
+        raise PaliGemmaError(
+            f"{place} has a SentencePiece model and no tokenizer.json, which this package reads; please copy the "
+            "tokenizer.json of google/paligemma-3b-pt-224 there, or give its path as the tokenizer."
+        )
+    return place / "tokenizer.json"
 
 
 def find_mask_decoder(folder: Path) -> MaskDecoder | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import PaliGemmaError
 from ..model import PaliGemma
+from .big_vision import BigVisionFile
 
 INDEX_FILE = "model.safetensors.index.json"
 # How safetensors names what torch calls otherwise.
@@ -126,7 +127,10 @@ def set_by_name(model: PaliGemma, name: str, value: nn.Parameter | nn.Module) ->
     setattr(model.get_submodule(owner), attribute, value)
 
 
-def open_file(file: Path) -> safe_open:
+def open_file(file: Path) -> safe_open | BigVisionFile:
+    """The tensors of a file in the official layout, or, by its ending, in that of big_vision."""
+    if file.suffix == ".npz":
+        return BigVisionFile(file)
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
