@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,16 @@ class PaliGemmaConfig:
         """
         path = Path(path)
         values = _read_json(path)
+        with _named(path):
+            config = cls.from_dict(values)
         generation = path.with_name("generation_config.json")
-        # Where both name end tokens, transformers ends answers at those of the second file.
-        end = _read_json(generation).get("eos_token_id") if generation.exists() else None
-        try:
-            return cls.from_dict(values if end is None else {**values, "eos_token_id": end})
-        except PaliGemmaError as error:
-            raise PaliGemmaError(f"{path}: {error}") from error
+        if generation.exists():
+            end = _read_json(generation).get("eos_token_id")
+            with _named(generation):
+                # Where both files name end tokens, transformers ends answers at those of this one.
+                ids = _token_ids("eos_token_id", end, config.text.vocab_size)
+            config = replace(config, eos_token_ids=ids or config.eos_token_ids)
+        return config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PaliGemmaConfig:
@@ -178,6 +182,15 @@ class PaliGemmaConfig:
             )
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with it."""
+    try:
+        yield
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{path}: {error}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -188,14 +201,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise PaliGemmaError(f"{path} is not a PaliGemma {path.name}: {error}.") from error
     if not isinstance(values, dict):
-        raise PaliGemmaError(f"{path} is not a PaliGemma {path.name}: it holds no settings.")
+        raise PaliGemmaError(f"{path} is not a PaliGemma {path.name}: it is no dictionary.")
     return values
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     section = values.get(name)
     if not isinstance(section, dict):
-        raise PaliGemmaError(f"{name} is {section!r}, expected settings; the config.json is damaged.")
+        raise PaliGemmaError(f"{name} is {section!r}, expected a dictionary; the config.json is damaged.")
     return section
 
 
@@ -230,7 +243,7 @@ def _rope_theta(values: dict[str, Any]) -> object:
 
 
 def _numbers(defaults: VisionConfig | TextConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of `values` that are fields of the dataclass, without names."""
+    """The sizes among `values`: what the dataclass holds, but for names."""
     numbers = {}
     for name, default in asdict(defaults).items():
         value = values.get(name)
@@ -252,7 +265,7 @@ def _token_ids(name: str, value: object, end: int) -> tuple[int, ...]:
             continue
         if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < end:
             raise PaliGemmaError(
-                f"{name} is {one!r}, expected a whole number below {end}, the vocab_size; the config.json is damaged."
+                f"{name} is {one!r}, expected a whole number below {end}, the vocab_size; the file is damaged."
             )
         ids.append(one)
     return tuple(ids)

@@ -63,8 +63,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     [
         (None, "model_type", "llava", "model_type is 'llava', but this package runs only 'paligemma'"),
         (None, "model_type", ["paligemma"], "model_type is ['paligemma'], but this package runs only 'paligemma'"),
-        (None, "text_config", [1], "text_config is [1], expected settings"),
-        (None, "vision_config", None, "vision_config is None, expected settings"),
+        (None, "text_config", [1], "text_config is [1], expected a dictionary"),
+        (None, "vision_config", None, "vision_config is None, expected a dictionary"),
         ("vision_config", "model_type", "clip", "vision_config.model_type is 'clip', but this package runs only"),
         ("vision_config", "hidden_act", "quick_gelu", "vision_config.hidden_act is 'quick_gelu', but this package"),
         ("vision_config", "num_channels", 1, "vision_config.num_channels is 1, but this package runs only 3"),
@@ -83,7 +83,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ),
         ("text_config", "rope_scaling", {"type": "dynamic"}, "rope_scaling.rope_type is 'dynamic', but this package"),
         ("text_config", "rope_parameters", LINEAR, "text_config.rope_parameters.rope_type is 'linear', but this"),
-        ("text_config", "rope_parameters", "default", "rope_parameters is 'default', expected settings"),
+        ("text_config", "rope_parameters", "default", "rope_parameters is 'default', expected a dictionary"),
         ("text_config", "rope_parameters", {"rope_theta": "1e4"}, "rope_theta is '1e4', expected a number above zero"),
         ("text_config", "num_attention_heads", 3, "must be whole, but is 3 / 2"),
         ("text_config", "num_key_value_heads", 0, "num_key_value_heads is 0, expected a number above zero"),
@@ -172,6 +172,8 @@ def test_end_tokens_of_the_generation_config_count(tmp_path, there):
     (tmp_path / "config.json").write_text(json.dumps(changed(None, **there)))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 107], "bos_token_id": 2}')
     assert PaliGemmaConfig.from_file(tmp_path / "config.json").eos_token_ids == (1, 107)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "1"}')
+    assert refusal(tmp_path / "config.json").startswith(f"{tmp_path / 'generation_config.json'}: eos_token_id is '1'")
     (tmp_path / "generation_config.json").write_text("{}")
     assert PaliGemmaConfig.from_file(tmp_path / "config.json").eos_token_ids == (there.get("eos_token_id", 1),)
 
