@@ -11,13 +11,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..generation import VisionLanguageModel, explained_lack_of_memory
-from ..hardware import available_cores, check_dtype, choose_device, choose_dtype, keep_freed_memory
+from ..hardware import available_cores, check_dtype, choose_device, choose_dtype, keep_freed_memory, total_memory
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from ..mask_decoder import MaskDecoder
 from ..model import PaliGemma
 from ..processor import Processor
 from .big_vision import BigVisionFile, find_npz
 from .hub import download
+from .memory import check_fits, weight_bytes
 from .quantized import load_int8_weights
 from .weights import Progress, load_weights, no_progress, weight_files
 
@@ -67,14 +68,14 @@ def load(
     processor = Processor.from_file(
         config, find_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
     )
-    with torch.device("meta"), WithoutInitialisation():
-        model = PaliGemma(config)
+    model = empty_model(config)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if dtype is None:
         dtype = choose_dtype(device, parameters)
-    make_room(parameters * dtype.itemsize)
+    check_fits(str(source or "The embedded checkpoint"), model, dtype, device, total_memory(device))
+    make_room(weight_bytes(model, dtype))
     files = weight_files(folder) if npz is None else [npz]
     with explained_lack_of_memory(device):
         if dtype == torch.int8:
@@ -124,6 +125,12 @@ def find_mask_decoder(folder: Path) -> MaskDecoder | None:
         if (folder / name).exists():
             return MaskDecoder.load(folder / name)
     return None
+
+
+def empty_model(config: PaliGemmaConfig) -> PaliGemma:
+    """A model on `meta`: shapes without numbers."""
+    with torch.device("meta"), WithoutInitialisation():
+        return PaliGemma(config)
 
 
 class WithoutInitialisation(TorchFunctionMode):
