@@ -105,7 +105,7 @@ def load(
     config = PaliGemmaConfig.from_file(folder / "config.json")
     processor = Processor.from_file(config, folder / "tokenizer.json")
     with torch.device("meta"), WithoutInitialisation():
-        model = PaliGemma(config)
+        model = PaliGemma(processor.config)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
