@@ -68,7 +68,7 @@ def load(
     processor = Processor.from_file(
         config, find_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
     )
-    model = empty_model(config)
+    model = empty_model(processor.config)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
