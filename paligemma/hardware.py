@@ -66,6 +66,11 @@ def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
     return torch.bfloat16 if fits and multiplies_bfloat16(device) and not int8_is_faster() else torch.int8
 
 
+def smallest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that runs here in which weights take the least memory."""
+    return torch.int8 if device.type == "cpu" and int8_is_available() else torch.bfloat16
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions that multiply matrices of bfloat16, about twice as fast as of float32."""
     if device.type != "cpu":

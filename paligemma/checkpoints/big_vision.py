@@ -26,8 +26,6 @@ VISION_LAYERS, TEXT_LAYERS = "img/Transformer/encoderblock/", "llm/layers/"
 ATTENTION = "MultiHeadDotProductAttention_0/"
 # The scale of queries is not stored; it is the head's size but in the widest of the official decoders.
 QUERY_SCALARS = {4608: 144}
-# How safetensors names the dtypes; numpy does not know bfloat16, and calls it two bytes of anything.
-DTYPES = {"f4": "F32", "f2": "F16", "V2": "BF16"}
 
 
 def _flat(array: Tensor) -> Tensor:
@@ -117,17 +115,13 @@ class Array(NamedTuple):
     order: Literal["C", "F"]
 
 
-class StoredTensor(NamedTuple):
-    """Shape and dtype of a tensor that is not read yet, asked for as of safetensors."""
+class TensorSlice(NamedTuple):
+    """What is known of a tensor that is not read yet."""
 
     shape: list[int]
-    dtype: str
 
     def get_shape(self) -> list[int]:
         return self.shape
-
-    def get_dtype(self) -> str:
-        return self.dtype
 
 
 class BigVisionFile:
@@ -165,8 +159,11 @@ class BigVisionFile:
         """Names of the tensors; an array that is none of PaliGemma's keeps its own."""
         return list(self._sources)
 
-    def get_slice(self, key: str) -> StoredTensor:
-        """Shape and dtype of a tensor."""
+    def metadata(self) -> None:
+        """None: the file has nothing to say of itself."""
+
+    def get_slice(self, key: str) -> TensorSlice:
+        """The shape of a tensor."""
         source = self._sources[key]
         array = self._arrays[source.array]
         try:
@@ -175,7 +172,7 @@ class BigVisionFile:
             raise PaliGemmaError(
                 f"{self.file}: {source.array} has the shape {list(array.shape)}; is this another kind of model?"
             ) from error
-        return StoredTensor(list(shape), DTYPES.get(array.dtype.str[1:], array.dtype.str))
+        return TensorSlice(list(shape))
 
     def get_tensor(self, key: str) -> Tensor:
         """A tensor in the dtype of the file."""

@@ -11,44 +11,46 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..generation import VisionLanguageModel, explained_lack_of_memory
-from ..hardware import available_cores, check_dtype, choose_device, choose_dtype, keep_freed_memory, total_memory
+from ..hardware import (
+    available_cores,
+    check_dtype,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    smallest_dtype,
+    total_memory,
+)
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from ..mask_decoder import MaskDecoder
 from ..model import PaliGemma
 from ..processor import Processor
 from .big_vision import BigVisionFile, find_npz
+from .formats import CONFIG_FILE, check_format
 from .hub import download
 from .memory import check_fits, weight_bytes
 from .quantized import load_int8_weights
-from .weights import Progress, load_weights, no_progress, weight_files
+from .weights import Progress, check_tensors, find_tensors, ignore, load_weights, resolve_output_layer, weight_files
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny"
-
-
-def no_room_made(needed: int) -> None:
-    """What `load` announces its weights to unless told otherwise."""
 
 
 def load(
     source: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = "auto",
-    revision: str | None = None,
     compile: bool = False,
-    progress: Progress = no_progress,
-    make_room: Callable[[int], None] = no_room_made,
+    progress: Progress = ignore,
+    make_room: Callable[[int], object] = ignore,
     tokenizer: str | os.PathLike | None = None,
 ) -> VisionLanguageModel:
     """Load a checkpoint and all that it takes to use it.
 
     Args:
         source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
-            revision may follow: `google/paligemma-3b-mix-224@bfloat16`. Or an `.npz` file of big_vision, or a folder
-            that holds one.
+            branch, tag or commit may follow: `google/paligemma-3b-mix-224@bfloat16`. Or an `.npz` file of big_vision.
         device: where to run; None takes a GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
             are kept next to the Hub's cache, so that they are made once.
-        revision: branch, tag or commit on the Hub.
         compile: compile the step that makes a token (CUDA), see `VisionLanguageModel.compile`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
@@ -61,27 +63,30 @@ def load(
     dtype = None if dtype in (None, "auto") else check_dtype(dtype, device)
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
-    folder = find_folder(source, revision, progress)
+
+    def refuse_too_large(config: PaliGemmaConfig) -> None:
+        name = "The embedded checkpoint" if source is None else str(source)
+        check_fits(name, empty_model(config), dtype or smallest_dtype(device), device, total_memory(device))
+
+    folder = find_folder(source, progress, refuse_too_large)
     npz = find_npz(folder)
     folder = folder if npz is None else npz.parent
-    config = PaliGemmaConfig.from_file(folder / "config.json") if npz is None else BigVisionFile(npz).config
-    processor = Processor.from_file(
-        config, find_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
-    )
-    model = empty_model(processor.config)
+    config = PaliGemmaConfig.from_file(folder / CONFIG_FILE) if npz is None else BigVisionFile(npz).config
+    refuse_too_large(config)
+    processor = Processor.from_file(config, find_tokenizer(folder if tokenizer is None else Path(tokenizer)))
+    tensors = find_tensors(weight_files(folder) if npz is None else [npz])
+    config, tensors = resolve_output_layer(processor.config, tensors)
+    model = empty_model(config)
+    check_tensors(model, tensors, folder)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if dtype is None:
-        dtype = choose_dtype(device, parameters)
-    check_fits(str(source or "The embedded checkpoint"), model, dtype, device, total_memory(device))
+    dtype = dtype or choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
     make_room(weight_bytes(model, dtype))
-    files = weight_files(folder) if npz is None else [npz]
     with explained_lack_of_memory(device):
         if dtype == torch.int8:
-            load_int8_weights(model, files, progress)
+            load_int8_weights(model, tensors, progress)
         else:
-            load_weights(model, files, dtype, device, progress)
+            load_weights(model, tensors, dtype, device, progress)
     keep_freed_memory()
     vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
     if compile:
@@ -90,25 +95,40 @@ def load(
 
 
 def find_folder(
-    source: str | os.PathLike | None, revision: str | None = None, progress: Progress = no_progress
+    source: str | os.PathLike | None,
+    progress: Progress = ignore,
+    check: Callable[[PaliGemmaConfig], object] = ignore,
 ) -> Path:
-    """The folder that holds a checkpoint's files, fetched from the Hub if need be, or its `.npz` file."""
+    """The folder that holds a checkpoint's files, or its `.npz` file; fetched from the Hub if need be.
+
+    Args:
+        source: as for `load`.
+        progress: see `Progress`.
+        check: called with the config before weights are fetched, to refuse it.
+
+    Raises:
+        PaliGemmaError: there is no such folder, the Hub does not give it, or it is of a format that cannot be read.
+    """
     if source is None:
         return EMBEDDED_FOLDER
-    folder = Path(os.path.expanduser(source))
-    if folder.is_dir() or (folder.is_file() and folder.suffix == ".npz"):
-        return folder
+    for name in (source, str(source).strip()):
+        folder = Path(os.path.expanduser(name))
+        if folder.is_dir():
+            check_format(str(folder), folder, os.listdir(folder))
+            return folder
+        if folder.is_file() and folder.suffix == ".npz":
+            return folder
     if folder.suffix == ".npz":
         raise PaliGemmaError(f"There is no file {folder}; please check its path.")
-    source = str(source)
-    repository, _, revision_in_source = source.partition("@")
-    if folder.is_absolute() or source.startswith((".", "~")) or repository.count("/") != 1:
+    repository, _, revision = str(source).strip().partition("@")
+    if folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") != 1:
         raise PaliGemmaError(f"There is no folder {source}; please give a folder or a Hub id such as owner/name.")
-    return download(repository, revision or revision_in_source or None, progress)
+    return download(repository, revision or None, progress, check)
 
 
 def find_tokenizer(place: Path) -> Path:
     """The `tokenizer.json` at a path: the file itself, or in a folder."""
+    place = place.expanduser()
     if not place.is_dir():
         return place
     if not (place / "tokenizer.json").exists() and any(place.glob("*.model")):
@@ -129,16 +149,16 @@ def find_mask_decoder(folder: Path) -> MaskDecoder | None:
 
 def empty_model(config: PaliGemmaConfig) -> PaliGemma:
     """A model on `meta`: shapes without numbers."""
-    with torch.device("meta"), WithoutInitialisation():
+    with torch.device("meta"), WithoutInitialization():
         return PaliGemma(config)
 
 
-class WithoutInitialisation(TorchFunctionMode):
+class WithoutInitialization(TorchFunctionMode):
     """Builds modules without drawing weights that are about to be replaced; drawing on `meta` alone takes seconds."""
 
     def __torch_function__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
+            return args[0] if args else (kwargs or {})["tensor"]
         return function(*args, **(kwargs or {}))

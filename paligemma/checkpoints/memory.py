@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..config import PaliGemmaError
+from ..hardware import smallest_dtype
 from ..model import PaliGemma
 from .weights import EMBEDDING
 
@@ -60,11 +61,10 @@ def check_fits(name: str, model: PaliGemma, dtype: torch.dtype, device: torch.de
     needed = weight_bytes(model, dtype)
     if needed <= capacity:
         return
-    others = [torch.bfloat16, torch.int8] if device.type == "cpu" else [torch.bfloat16]
     fitting = [
-        f"the dtype {dtype_name(one)} ({weight_bytes(model, one) / 1e9:.1f} GB)"
-        for one in others
-        if weight_bytes(model, one) <= capacity
+        f"the dtype {dtype_name(other)} ({size / 1e9:.1f} GB)"
+        for other in dict.fromkeys((torch.bfloat16, smallest_dtype(device)))
+        if (size := weight_bytes(model, other)) <= capacity
     ]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     raise PaliGemmaError(
