@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -211,9 +212,14 @@ class VisionLanguageModel:
     def _token(self, next_id: Tensor, probability: Tensor, text: TextStream) -> Token | None:
         """The chosen token, or None if it ends the answer."""
         token_id = next_id.item()  # waits for the device; the probability is ready with it
-        if token_id in self.config.eos_token_ids:
-            return None
-        return Token(token_id, text.push(token_id), probability.item())
+        chance = probability.item()
+        if math.isnan(chance):
+            dtype = str(self.weight_dtype).removeprefix("torch.")
+            raise PaliGemmaError(
+                f"The logits are not finite in {dtype}; please choose the dtype bfloat16, or, if they are not in that "
+                "either, fetch the checkpoint again."
+            )
+        return None if token_id in self.config.eos_token_ids else Token(token_id, text.push(token_id), chance)
 
     @contextmanager
     def _cache(self, length: int) -> Iterator[KVCache]:
@@ -272,6 +278,6 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def _choose(self, logits: Tensor, sampler: Sampler, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The next token's id, int64 [1], and its probability, float32 [1]."""
+        """The next token's id, int64 [1], and its probability, float32 [1], NaN where logits are not finite."""
         next_id = sampler(logits, generator)
         return next_id, logits.softmax(dim=-1).gather(-1, next_id[:, None])[:, 0]

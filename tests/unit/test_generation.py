@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import EXAMPLES
 from PIL import Image, ImageOps
+from random_checkpoints import make_reference, save_reference
 
 import paligemma
 from paligemma import PaliGemmaError
@@ -107,6 +108,30 @@ def test_streaming_leaves_the_callers_gradients_alone(tiny):
     for _ in tiny.stream(IMAGE, "caption en", max_new_tokens=2):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 0}], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_are_explained(tiny, monkeypatch, value, settings):
+    """As of a checkpoint whose activations overflow in float16."""
+
+    def overflow(*_):
+        logits = torch.zeros(1, tiny.config.text.vocab_size)
+        logits[0, tiny.config.eos_token_ids[0]] = value
+        return logits
+
+    monkeypatch.setattr(tiny.model, "prefill", overflow)
+    with pytest.raises(PaliGemmaError, match=r"^The logits are not finite in float32; please choose .*bfloat16"):
+        tiny.generate(IMAGE, "caption en", **settings)
+
+
+def test_a_float16_checkpoint_that_overflows_is_explained(tmp_path):
+    reference = make_reference(std=0.2)
+    with torch.no_grad():
+        reference.model.multi_modal_projector.linear.weight *= 1e5
+    vlm = paligemma.load(save_reference(reference, tmp_path / "large"), dtype="float16")
+    with pytest.raises(PaliGemmaError, match=r"^The logits are not finite in float16; please choose .*bfloat16"):
+        vlm.generate(IMAGE, "caption en")
 
 
 @pytest.mark.parametrize("prompt_words", [1, 30])
