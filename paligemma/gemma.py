@@ -28,6 +28,9 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of rotary positions (arXiv 2104.09864), computed once for every position there can be."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: TextConfig):
         super().__init__()
         # On the CPU even where the weights are built on `meta`: the table is computed, not loaded.

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -57,6 +58,16 @@ class Token:
     id: int
     text: str
     probability: float
+
+
+class Settings(TypedDict, total=False):
+    """The settings of `VisionLanguageModel.stream`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
 
 
 class FeatureCache:
@@ -171,7 +182,7 @@ class VisionLanguageModel:
             raise PaliGemmaError(f"The picture cannot be read ({error}); please save it anew.") from error
         return self._tokens(pixel_values, input_ids, int(max_new_tokens), sampler, self._generator(seed))
 
-    def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: float | int | None) -> str:
+    def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: Unpack[Settings]) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
         return "".join(token.text for token in self.stream(image, prompt, **settings))
 
@@ -211,8 +222,8 @@ class VisionLanguageModel:
 
     def _token(self, next_id: Tensor, probability: Tensor, text: TextStream) -> Token | None:
         """The chosen token, or None if it ends the answer."""
-        token_id = next_id.item()  # waits for the device; the probability is ready with it
-        chance = probability.item()
+        token_id = int(next_id)  # waits for the device; the probability is ready with it
+        chance = float(probability)
         if math.isnan(chance):
             dtype = str(self.weight_dtype).removeprefix("torch.")
             raise PaliGemmaError(
@@ -256,7 +267,7 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def _prefill(self, pixel_values: Tensor, input_ids: list[int], cache: KVCache) -> Tensor:
-        digest = hashlib.sha256(pixel_values.contiguous().numpy()).digest()
+        digest = hashlib.sha256(pixel_values.contiguous().numpy().data).digest()
         image_features = self._features.get(
             (digest, self._encoder_version()),
             lambda: self.model.image_features(pixel_values.to(self.device, self.dtype)),

@@ -23,7 +23,7 @@ def is_number(value: object, whole: bool = False) -> bool:
     if whole and isinstance(value, Integral):
         return True
     try:
-        return math.isfinite(value) and (not whole or value == int(value))
+        return math.isfinite(value) and (not whole or value == math.trunc(value))
     except OverflowError:
         return False
 

@@ -89,6 +89,6 @@ class SiglipVisionModel(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Args: pixel_values, float [B, 3, image_size, image_size], in -1 to 1. Returns: float [B, patches, width]."""
         hidden_states = self.embeddings(pixel_values)
-        for layer in self.encoder["layers"]:
+        for layer in self.encoder["layers"].children():
             hidden_states = layer(hidden_states)
         return self.post_layernorm(hidden_states)
