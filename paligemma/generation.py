@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from .config import PaliGemmaConfig, PaliGemmaError
+from .images import open_image
 from .kv_cache import KVCache
 from .mask_decoder import MaskDecoder
 from .model import PaliGemma
-from .processor import Processor, TextStream, open_image
+from .processor import Processor, TextStream
 from .sampling import Sampler, is_number, shorten
 
 MAX_SEED = 2**63
@@ -176,10 +177,7 @@ class VisionLanguageModel:
             raise PaliGemmaError(
                 f"The picture is of type {type(image).__name__}; please give a Pillow picture or a path."
             )
-        try:
-            pixel_values = self.processor.pixel_values(image)
-        except OSError as error:  # Pillow reads a file's pixels only now
-            raise PaliGemmaError(f"The picture cannot be read ({error}); please save it anew.") from error
+        pixel_values = self.processor.pixel_values(image)
         return self._tokens(pixel_values, input_ids, int(max_new_tokens), sampler, self._generator(seed))
 
     def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: Unpack[Settings]) -> str:

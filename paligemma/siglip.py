@@ -1,6 +1,6 @@
 """The vision encoder: a SigLIP transformer (arXiv 2303.15343), from pixels to one feature per patch.
 
-Pre-norm, LayerNorm, learned positions, GELU (tanh), a last LayerNorm; no class token and no pooling head.
+Pre-norm, LayerNorm, learned positions, GELU, a last LayerNorm; no class token and no pooling head.
 Module names are those of the official checkpoints.
 """
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
-from .config import VisionConfig
+from .config import GELU, VisionConfig
 
 
 class VisionEmbeddings(nn.Module):
@@ -49,15 +49,16 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Two layers with GELU (tanh) between."""
+    """Two layers with GELU between: its tanh approximation, or exact where the config says so."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.approximate = "none" if config.hidden_act == GELU else "tanh"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(hidden_states), approximate=self.approximate))
 
 
 class VisionLayer(nn.Module):
