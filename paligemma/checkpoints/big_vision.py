@@ -26,6 +26,8 @@ VISION_LAYERS, TEXT_LAYERS = "img/Transformer/encoderblock/", "llm/layers/"
 ATTENTION = "MultiHeadDotProductAttention_0/"
 # The scale of queries is not stored; it is the head's size but in the widest of the official decoders.
 QUERY_SCALARS = {4608: 144}
+# By numpy, which does not know bfloat16 and calls it two bytes of anything; and by safetensors.
+DTYPES = {"f4": "F32", "f2": "F16", "V2": "BF16"}
 
 
 def _flat(array: Tensor) -> Tensor:
@@ -116,12 +118,16 @@ class Array(NamedTuple):
 
 
 class TensorSlice(NamedTuple):
-    """What is known of a tensor that is not read yet."""
+    """Shape and dtype of a tensor that is not read yet, the dtype as safetensors calls it."""
 
     shape: list[int]
+    dtype: str
 
     def get_shape(self) -> list[int]:
         return self.shape
+
+    def get_dtype(self) -> str:
+        return self.dtype
 
 
 class BigVisionFile:
@@ -163,7 +169,7 @@ class BigVisionFile:
         """None: the file has nothing to say of itself."""
 
     def get_slice(self, key: str) -> TensorSlice:
-        """The shape of a tensor."""
+        """Shape and dtype of a tensor."""
         source = self._sources[key]
         array = self._arrays[source.array]
         try:
@@ -172,7 +178,7 @@ class BigVisionFile:
             raise PaliGemmaError(
                 f"{self.file}: {source.array} has the shape {list(array.shape)}; is this another kind of model?"
             ) from error
-        return TensorSlice(list(shape))
+        return TensorSlice(list(shape), DTYPES.get(array.dtype.str[1:], array.dtype.str))
 
     def get_tensor(self, key: str) -> Tensor:
         """A tensor in the dtype of the file."""

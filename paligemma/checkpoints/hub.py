@@ -36,10 +36,9 @@ def download(
     class ReportingBar(tqdm):
         """The Hub's own bar; the one that counts bytes reports as well."""
 
-        def __init__(self, *args: object, **kwargs: object):
-            super().__init__(*args, **kwargs)
-            # A bar that is not shown counts nothing, and knows no unit.
-            self.counts_bytes, self.done = kwargs.get("unit") == "B", kwargs.get("initial") or 0
+        def __init__(self, *args: object, unit: str = "it", initial: float = 0, **kwargs: object):
+            super().__init__(*args, unit=unit, initial=initial, **kwargs)
+            self.counts_bytes, self.done = unit == "B", initial  # by itself a bar that is not shown counts nothing
 
         def update(self, n: float | None = 1) -> bool | None:
             self.done += n or 0
@@ -77,7 +76,7 @@ def _names(repository: str, folder: Path) -> set[str]:
         return {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
 
 
-def _explain(error: Exception, repository: str, revision: str | None) -> str:
+def _explain(error: BaseException, repository: str, revision: str | None) -> str:
     """The sentence that says what is wrong and what to do."""
     from huggingface_hub import errors, get_token
 
