@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
+from .formats import CONFIG_FILE
 
 # Before the names of a checkpoint's arrays, unless somebody has saved those of the model alone.
 MODEL = "params/"
@@ -272,18 +273,15 @@ def _sources(arrays: Collection[str], config: PaliGemmaConfig) -> dict[str, Sour
     return sources | {array: Source(array) for array in sorted(unknown)}
 
 
-def find_npz(place: Path) -> Path | None:
-    """The checkpoint of big_vision at a path: the file itself, or in a folder that has no config.json.
+def find_npz(where: str, names: Collection[str]) -> str | None:
+    """The name of the checkpoint of big_vision among the files of a folder or repository without a config.json.
 
     Raises:
         PaliGemmaError: there are several.
     """
-    if place.is_file():
-        return place
-    files = [file for file in sorted(place.glob("*.npz")) if file.name not in MASK_DECODER_FILES]
-    if (place / "config.json").exists() or not files:
+    found = sorted(name for name in names if name.endswith(".npz") and name not in MASK_DECODER_FILES)
+    if CONFIG_FILE in names or not found:
         return None
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise PaliGemmaError(f"{place} holds several checkpoints ({names}); please give the path of one of them.")
-    return files[0]
+    if len(found) > 1:
+        raise PaliGemmaError(f"{where} holds several checkpoints ({', '.join(found)}); please give the path of one.")
+    return found[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
+from .big_vision import find_npz
 from .formats import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, check_format
 from .weights import Progress, ignore, weight_names
 
@@ -51,8 +52,10 @@ def download(
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=DESCRIPTIONS))
         names = _names(repository, folder)
         check_format(repository, folder, names)
-        check(PaliGemmaConfig.from_file(folder / CONFIG_FILE))
-        weights = weight_names(folder, names)
+        npz = find_npz(repository, names)
+        if npz is None:
+            check(PaliGemmaConfig.from_file(folder / CONFIG_FILE))
+        weights = weight_names(folder, names) if npz is None else [npz]
         if missing := [name for name in weights if name not in names]:
             raise PaliGemmaError(
                 f"{repository} lacks {missing[0]}, which its index lists; please choose another revision."

@@ -60,33 +60,34 @@ def load(
         PaliGemmaError: the checkpoint cannot be found, reached, read or run; the sentence says what to do.
     """
     device = choose_device(device)
-    dtype = None if dtype in (None, "auto") else check_dtype(dtype, device)
+    wanted = None if dtype in (None, "auto") else check_dtype(dtype, device)
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
 
     def refuse_too_large(config: PaliGemmaConfig) -> None:
         name = "The embedded checkpoint" if source is None else str(source)
-        check_fits(name, empty_model(config), dtype or smallest_dtype(device), device, total_memory(device))
+        check_fits(name, empty_model(config), wanted or smallest_dtype(device), device, total_memory(device))
 
     folder = find_folder(source, progress, refuse_too_large)
-    npz = find_npz(folder)
-    folder = folder if npz is None else npz.parent
-    config = PaliGemmaConfig.from_file(folder / CONFIG_FILE) if npz is None else BigVisionFile(npz).config
+    folder, npz = (
+        (folder.parent, folder.name) if folder.is_file() else (folder, find_npz(str(folder), os.listdir(folder)))
+    )
+    config = BigVisionFile(folder / npz).config if npz else PaliGemmaConfig.from_file(folder / CONFIG_FILE)
     refuse_too_large(config)
     processor = Processor.from_file(config, find_tokenizer(folder if tokenizer is None else Path(tokenizer)))
-    tensors = find_tensors(weight_files(folder) if npz is None else [npz])
+    tensors = find_tensors([folder / npz] if npz else weight_files(folder))
     config, tensors = resolve_output_layer(processor.config, tensors)
     model = empty_model(config)
     check_tensors(model, tensors, folder)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-    dtype = dtype or choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
-    make_room(weight_bytes(model, dtype))
+    weight_dtype = wanted or choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
+    make_room(weight_bytes(model, weight_dtype))
     with explained_lack_of_memory(device):
-        if dtype == torch.int8:
+        if weight_dtype == torch.int8:
             load_int8_weights(model, tensors, progress)
         else:
-            load_weights(model, tensors, dtype, device, progress)
+            load_weights(model, tensors, weight_dtype, device, progress)
     keep_freed_memory()
     vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
     if compile:
@@ -131,12 +132,13 @@ def find_tokenizer(place: Path) -> Path:
     place = place.expanduser()
     if not place.is_dir():
         return place
-    if not (place / "tokenizer.json").exists() and any(place.glob("*.model")):
+    file = place / "tokenizer.json"
+    if not file.exists() and any(file.suffix in (".npz", ".model") for file in place.iterdir()):
         raise PaliGemmaError(
-            f"{place} has a SentencePiece model and no tokenizer.json, which this package reads; please copy the "
-            "tokenizer.json of google/paligemma-3b-pt-224 there, or give its path as the tokenizer."
+            f"{place} has no tokenizer.json, and a SentencePiece model cannot stand in for it; please copy the file from "
+            "google/paligemma-3b-pt-224 there, or give its path as the tokenizer."
         )
-    return place / "tokenizer.json"
+    return file
 
 
 def find_mask_decoder(folder: Path) -> MaskDecoder | None:
