@@ -33,6 +33,7 @@ import paligemma
 from paligemma.annotations import Detection
 from paligemma.demo import rendering
 from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Answer, Models, answer_prompts
+from paligemma.images import open_image
 from paligemma.prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 
 if TYPE_CHECKING:
@@ -516,8 +517,6 @@ def _open_picture(image: dict | None) -> tuple[Image.Image, dict]:
 
 
 def _open(path: str) -> Image.Image:
-    from paligemma.processor import open_image  # here, since it brings torch
-
     # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
     if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise paligemma.PaliGemmaError("The picture was not uploaded to this page; please upload it.")

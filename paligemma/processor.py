@@ -3,75 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tokenizers import Tokenizer, decoders
 from torch import Tensor
 
 from .config import PaliGemmaConfig, PaliGemmaError
-
-# Of all that Pillow reads, what people have; rarer readers start other programs or fail in ways of their own.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-
-
-def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
-    """Read a picture file whole, upright and in RGB.
-
-    Args:
-        path: a file in one of `FORMATS`.
-        max_pixels: refuse a larger picture before its pixels are unpacked.
-
-    Raises:
-        PaliGemmaError: the file is missing, empty, too large, cut short or no picture.
-    """
-    name = Path(path).name
-    try:
-        if os.path.getsize(path) == 0:
-            raise PaliGemmaError(f"The file {name} is empty; please choose another picture.")
-        with Image.open(path, formats=FORMATS) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise PaliGemmaError(_too_large(name, f"{image.width} × {image.height} pixels", max_pixels))
-            return to_rgb(image)
-    except UnidentifiedImageError as error:
-        raise PaliGemmaError(f"{name} is not a picture; please choose a PNG, JPEG, WebP or GIF file.") from error
-    except Image.DecompressionBombError as error:
-        raise PaliGemmaError(_too_large(name, "too many pixels", max_pixels)) from error
-    except FileNotFoundError as error:
-        raise PaliGemmaError(f"There is no file {name}; please check its path.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        # Pillow reports damage in any of these ways, depending on the format.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise PaliGemmaError(f"The picture {name} cannot be read ({reason}); please save it anew.") from error
-
-
-def _too_large(name: str, size: str, max_pixels: int | None) -> str:
-    limit = f" to at most {max_pixels / 1e6:.0f} million pixels" if max_pixels else ""
-    return f"The picture {name} has {size}; please make it smaller{limit}."
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow picture as upright 8-bit RGB: turned as its EXIF says, transparency laid over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bit_grey(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _to_8_bit_grey(image: Image.Image) -> Image.Image:
-    """16-bit and float grey scaled to 0-255; Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image, dtype=np.float32)
-    if image.mode == "F":
-        white = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-    else:
-        white = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0.0) > 255 else 255.0
-    return Image.fromarray(np.clip(np.nan_to_num(values) / white * 255.0 + 0.5, 0, 255).astype(np.uint8))
+from .images import to_rgb
 
 
 class Processor:

@@ -85,7 +85,7 @@ def _greedy(vlm: VisionLanguageModel, features: torch.Tensor, input_ids: torch.T
     written = [next_ids]
     ended = torch.isin(next_ids, torch.tensor(vlm.config.eos_token_ids))
     while not ended.all() and len(written) < MAX_NEW_TOKENS:
-        next_ids = vlm.model.decode(next_ids[:, None], cache).argmax(-1)
+        next_ids = vlm.model.decode(next_ids[:, None], cache, length + len(written)).argmax(-1)
         written.append(next_ids)
         ended |= torch.isin(next_ids, torch.tensor(vlm.config.eos_token_ids))
     answers = []

@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..config import CODES_PER_MASK
 from ..gemma import GemmaLayer, rotate
-from ..mask_decoder import GRID_SIDE, NUM_CODES
+from ..mask_decoder import GRID_SIDE
 from ..siglip import VisionLayer
 from .losses import attention_loss
 from .patches import PatchLabels
@@ -82,7 +83,7 @@ def find_looks(boxes: list[Told], heard: list[Scene], ends: Tensor) -> Looks:
         found += [(told.row, told.position + side) for side in range(SIDES)]
         spreads.append(spread_evenly(ends[told.picture, told.place]))
         if told.has_codes:
-            found += [(told.row, told.position + SIDES + code) for code in range(NUM_CODES)]
+            found += [(told.row, told.position + SIDES + code) for code in range(CODES_PER_MASK)]
             spreads.append(spread_over_cells(heard[told.picture].objects[told.place].box, round(patches**0.5)))
     rows, positions = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).T
     return Looks(rows, positions, torch.cat(spreads))
@@ -103,7 +104,7 @@ def spread_over_cells(box: Box, side: int) -> Tensor:
     )
     patches = torch.arange(side)
     down, across = ((1 - (places[:, None] - patches).abs()).clamp(min=0) for places in (y, x))  # [4, side]
-    return torch.einsum("iy,jx->ijyx", down, across).reshape(NUM_CODES, side * side)
+    return torch.einsum("iy,jx->ijyx", down, across).reshape(CODES_PER_MASK, side * side)
 
 
 def eye_loss(layer: VisionLayer, hidden_states: Tensor, labels: PatchLabels) -> Tensor:

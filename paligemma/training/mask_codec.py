@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from ..mask_decoder import MASK_SIDE, NUM_CODES, MaskDecoder
+from ..config import CODEBOOK_SIZE as CODES
+from ..config import CODES_PER_MASK
+from ..mask_decoder import MASK_SIDE, MaskDecoder
 from .scenes import Box, Painter
 
-CODES = 128
 CODE_WIDTH = 32
 WIDTH = 64
 MASKS_A_BATCH = 64
@@ -93,7 +94,7 @@ def decoded_loss(decoder: MaskDecoder, logits: Tensor, masks: Tensor) -> Tensor:
     codebook = decoder._vq_vae["_embedding"]
     mean = logits.softmax(-1) @ codebook.detach()
     vectors = codebook[logits.argmax(-1)] + mean - mean.detach()
-    decoded = SHARPNESS * decoder.decode(vectors.unflatten(0, (len(masks), NUM_CODES))).float()
+    decoded = SHARPNESS * decoder.decode(vectors.unflatten(0, (len(masks), CODES_PER_MASK))).float()
     losses = F.binary_cross_entropy_with_logits(decoded, masks, reduction="none").mean((1, 2))
     filled = decoded.sigmoid()
     shared = (filled * masks).sum((1, 2))

@@ -7,12 +7,11 @@ import string
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from ..config import LOC_TOKENS, SEG_TOKENS
 from .tasks import every_text
 
 CONTROL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 IMAGE_TOKEN = "<image>"
-LOC_TOKENS = [f"<loc{index:04d}>" for index in range(1024)]
-SEG_TOKENS = [f"<seg{index:03d}>" for index in range(128)]
 NUM_PIECES = 1500  # words and pieces of words: more than the tasks' words need to be one token each
 
 

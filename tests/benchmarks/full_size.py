@@ -170,11 +170,13 @@ class Ours:
         """Picture and prompt to the next token's logits, [1, vocab_size], with room for `new_tokens` steps."""
         length = input_ids.shape[1] + new_tokens
         self.cache = KVCache(self.model.config.text, 1, length, pixel_values.dtype, pixel_values.device)
+        self.length = input_ids.shape[1]
         return self.model.prefill(self.model.image_features(pixel_values), input_ids, self.cache)
 
     def decode(self, token_id: Tensor) -> Tensor:
         """One more token, int64 [1], to the next one's logits, [1, vocab_size]."""
-        return self.model.decode(token_id[:, None], self.cache)
+        self.length += 1
+        return self.model.decode(token_id[:, None], self.cache, self.length)
 
 
 class Theirs:

@@ -50,7 +50,7 @@ class Saying(Watched):
 
     def __init__(self, vlm, text):
         super().__init__(vlm)
-        self._pieces = re.findall(r"(?:<\w+>)+| ?[^ <]+", text)
+        self._pieces = re.findall(r"(?:<\w+>)+| ?[^ <]+| ", text)
 
     def stream(self, *arguments, **settings):
         return self._counted((paligemma.Token(0, piece, 1.0) for piece in self._pieces), 0)
@@ -137,7 +137,9 @@ def test_each_line_is_a_prompt_of_its_own(open_page, page_address, tiny):
 
 
 def test_objects_appear_while_the_answer_streams_and_light_up_with_their_words(open_page, serve, with_mask_decoder):
-    tab = open_page(serve(Saying(with_mask_decoder, f"{BOX}{'<seg005>' * 16} cat ; {OTHER_BOX} dog ; <loc0001> bird")))
+    tab = open_page(
+        serve(Saying(with_mask_decoder, f"{BOX} {'<seg005>' * 16} cat ; {OTHER_BOX}\ndog ; <loc0001> bird"))
+    )
     upload(tab, PICTURE)
     expect(tab.locator("#figure")).to_be_attached()  # updates may be lost of what is put in only when it is needed
     expect(tab.locator("#figure")).to_be_hidden()

@@ -1,6 +1,5 @@
 """Checkpoints as they lie about on disks: written by transformers, in every layout of keys, whole and damaged."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -368,55 +367,6 @@ def test_broken_index_is_refused_with_the_file_named(shards, content):
     message = refusal(shards)
     assert message.startswith(f"{shards / INDEX_FILE} ")
     assert "shards; please fetch the checkpoint again" in message
-
-
-def test_missing_config_is_named(folder):
-    (folder / "config.json").unlink()
-    message = refusal(folder)
-    assert message.startswith(f"{folder / 'config.json'} cannot be read")
-    assert "a checkpoint needs its config.json" in message
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"model_type": "paligemma", "text_config": [1]}'])
-def test_broken_config_is_refused_with_the_file_named(folder, content):
-    (folder / "config.json").write_text(content)
-    assert refusal(folder).startswith(f"{folder / 'config.json'} is not a PaliGemma config.json")
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value", "expected"),
-    [
-        (None, "model_type", "llava", "model_type is 'llava', but this package runs only 'paligemma'"),
-        ("vision_config", "model_type", "clip", "vision_config.model_type is 'clip', but this package runs only"),
-        ("text_config", "attention_bias", True, "text_config.attention_bias is True, but this package runs only False"),
-        ("text_config", "hidden_act", "silu", "text_config.hidden_act is 'silu', but this package runs only"),
-        ("text_config", "num_attention_heads", 3, "must be whole, but is 3 / 2"),
-        ("text_config", "num_key_value_heads", 0, "num_key_value_heads is 0, expected a number above zero"),
-        ("text_config", "intermediate_size", "96", "intermediate_size is '96', expected a number above zero"),
-        ("text_config", "hidden_size", 48.5, "hidden_size is 48.5, expected a number above zero"),
-        ("vision_config", "patch_size", -14, "patch_size is -14, expected a number above zero"),
-        ("vision_config", "image_size", 30, "image_size / patch_size must be whole, but is 30 / 14"),
-        ("text_config", "max_position_embeddings", 4, "is 4, but a picture alone takes 4"),
-    ],
-)
-def test_config_that_cannot_be_run_is_refused_with_the_key_named(folder, section, key, value, expected):
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    (config[section] if section else config)[key] = value
-    file.write_text(json.dumps(config))
-    message = refusal(folder)
-    assert message.startswith(f"{file}: ")
-    assert expected in message
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
-def test_decoder_of_another_kind_is_refused_with_the_key_named(folder, kind):
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config["text_config"]["model_type"] = kind
-    file.write_text(json.dumps(config))
-    message = refusal(folder)
-    assert message.startswith(f"{file}: text_config.model_type is {kind!r}, but this package runs only 'gemma'")
 
 
 def test_missing_tokenizer_is_named(folder):
