@@ -52,9 +52,8 @@ def load(
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
     folder = find_folder(source, progress)
-    config = PaliGemmaConfig.from_file(folder / CONFIG_FILE)
-    processor = Processor.from_file(config, folder / "tokenizer.json")
-    config, tensors = resolve_output_layer(config, find_tensors(weight_files(folder)))
+    processor = Processor.from_file(PaliGemmaConfig.from_file(folder / CONFIG_FILE), folder / "tokenizer.json")
+    config, tensors = resolve_output_layer(processor.config, find_tensors(weight_files(folder)))
     with torch.device("meta"), WithoutInitialization():
         model = PaliGemma(config)
     check_tensors(model, tensors, folder)

@@ -124,7 +124,7 @@ class CropBatches(IterableDataset):
         rng = np.random.default_rng(self.seed)
         while True:
             crops = [self.painter.crop(rng, self.size) for _ in range(self.crops)]
-            yield torch.cat([self.processor.normalise(crop.image) for crop in crops]), self.label(crops)
+            yield torch.cat([self.processor.normalize(crop.image) for crop in crops]), self.label(crops)
 
 
 class PatchBatches(IterableDataset):
@@ -149,7 +149,7 @@ class PatchBatches(IterableDataset):
 
     def _pixels_and_labels(self, scenes: list[Scene]) -> tuple[Tensor, PatchLabels]:
         vision = self.processor.config.vision
-        pixel_values = torch.cat([self.processor.normalise(scene.image) for scene in scenes])
+        pixel_values = torch.cat([self.processor.normalize(scene.image) for scene in scenes])
         return pixel_values, label_patches(scenes, vision.image_size // vision.patch_size)
 
 

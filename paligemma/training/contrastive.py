@@ -91,7 +91,7 @@ def zero_shot(model: ContrastiveModel, processor: Processor, painter: Painter, c
     """
     rng = np.random.default_rng(10_000_000)
     drawn = [painter.crop(rng, CROP_SIZE) for _ in range(crops)]
-    pictures = model.embed_pictures(torch.cat([processor.normalise(crop.image) for crop in drawn]))
+    pictures = model.embed_pictures(torch.cat([processor.normalize(crop.image) for crop in drawn]))
     texts = {
         (kind, colour): caption(Scene(drawn[0].image, (SceneObject(kind, (0, 0, 1, 1)),), colour))
         for colour in COLOURS
