@@ -28,10 +28,9 @@ def download(repository: str, revision: str | None, progress: Progress) -> Path:
     class ReportingBar(tqdm):
         """The Hub's own bar; the one that counts bytes reports as well."""
 
-        def __init__(self, *args: object, **kwargs: object):
-            super().__init__(*args, **kwargs)
-            # A bar that is not shown counts nothing, and knows no unit.
-            self.counts_bytes, self.done = kwargs.get("unit") == "B", kwargs.get("initial") or 0
+        def __init__(self, *args: object, unit: str = "it", initial: float = 0, **kwargs: object):
+            super().__init__(*args, unit=unit, initial=initial, **kwargs)
+            self.counts_bytes, self.done = unit == "B", initial  # by itself a bar that is not shown counts nothing
 
         def update(self, n: float | None = 1) -> bool | None:
             self.done += n or 0
@@ -69,13 +68,13 @@ def _names(repository: str, folder: Path) -> set[str]:
         return {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
 
 
-def _explain(error: Exception, repository: str, revision: str | None) -> str:
+def _explain(error: BaseException, repository: str, revision: str | None) -> str:
     """The sentence that says what is wrong and what to do."""
     from huggingface_hub import errors, get_token
 
     page, has_token = f"https://huggingface.co/{repository}", get_token() is not None
-    is_cached = not isinstance(error, errors.LocalEntryNotFoundError)
-    if not is_cached:  # raised also when the Hub did answer, but with an error, and the cache could not stand in for it
+    is_nowhere = isinstance(error, errors.LocalEntryNotFoundError)
+    if is_nowhere:  # raised also when the Hub did answer, but with an error, and the cache could not stand in for it
         error = error.__cause__ or error
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.HFValidationError):
@@ -83,7 +82,7 @@ def _explain(error: Exception, repository: str, revision: str | None) -> str:
     if isinstance(error, errors.GatedRepoError):
         account = "with the account that your HF_TOKEN belongs to"
         advice = account if has_token else "and set HF_TOKEN to a token of your account"
-        return f"{repository} is a gated repository; please accept its licence at {page} {advice}."
+        return f"{repository} is a gated repository; please accept its license at {page} {advice}."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repository} has no revision {revision}; please check {page}/tree/main."
     if isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and not has_token):
@@ -98,7 +97,7 @@ def _explain(error: Exception, repository: str, revision: str | None) -> str:
         return f"The Hub answered {status} for {repository}; please try again later."
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{repository} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; please unset that."
-    if not is_cached:
+    if is_nowhere:
         return f"{repository} is not in the local cache and the Hub cannot be reached; please check the network."
     reason = str(error).partition("\n")[0].rstrip(".")
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):

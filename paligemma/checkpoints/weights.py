@@ -22,6 +22,8 @@ EMBEDDING = "language_model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 COMPUTED_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")  # tables in older files, which the model computes
 UNUSED_PREFIX = "vision_tower.head."  # a pooling head that SigLIP has and PaliGemma does not use
+# How safetensors names what torch calls otherwise.
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # The names of a model's parameters, each with the file that holds it and its key there.
 Tensors = dict[str, tuple[Path, str]]
@@ -132,8 +134,9 @@ def load_weights(
     mapped = {file: open_file(file) for file in {file for file, _ in tensors.values()}}
     for number, (name, (file, key)) in enumerate(tensors.items()):
         progress("Reading the weights", number / len(tensors))
-        tensor = mapped[file].get_tensor(key)  # a view, of which nothing has been read yet
-        if tensor.dtype != dtype:
+        if mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
+            tensor = mapped[file].get_tensor(key)
+        else:
             tensor = read_tensor(file, key).to(dtype)  # before it is moved, since not every device knows float8
         set_by_name(model, name, nn.Parameter(tensor.to(device), requires_grad=False))
     model.language_model.rotary.to(device)

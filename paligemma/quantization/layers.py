@@ -135,5 +135,6 @@ class Int8Embedding(nn.Module):
         return unrotate(self.weight[input_ids].float() * self.scale[input_ids].unsqueeze(-1))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Float32 [..., hidden_size] to float32 [..., vocab_size]."""
+        """Float32 [..., hidden_size] to float32 [..., vocab_size], where this is the output layer."""
+        assert self.output is not None
         return self.output(hidden_states)

@@ -104,7 +104,7 @@ def assert_same(actual, expected):
 
 
 def assert_same_logits(vlm, reference):
-    """Both models on two random pictures, each with a prompt that is prefix as a whole."""
+    """Both models on two random images, each with a prompt that is prefix as a whole."""
     generator = torch.Generator().manual_seed(1)
     size, patches = vlm.config.vision.image_size, vlm.config.vision.num_patches
     pixel_values = torch.randn(2, 3, size, size, generator=generator)
@@ -431,7 +431,7 @@ def test_dtype_may_be_given_as_that_of_torch(written):
     assert paligemma.load(written, device="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_cpu_takes_float32_unless_told(folder):
+def test_cpu_takes_float32_by_default(folder):
     change_weights(folder, lambda tensors: {key: value.bfloat16() for key, value in tensors.items()})
     assert paligemma.load(folder, device="cpu").dtype == torch.float32
 
