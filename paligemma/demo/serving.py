@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ class Models:
     ):
         self._checkpoints = {source or EMBEDDED: _Checkpoint(source or None) for source in sources}
         self._load = load
-        self._free_memory = free_memory or available_memory
+        self._free_memory = free_memory or _available_memory
         self._answering = borrow_gpu(self._answers_or_error)
         self._lock = Lock()
         self._loads_when_asked = True
@@ -223,35 +222,16 @@ class Models:
             _free()
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that a model could still take: of the GPU where there is one, else of the machine and of this container."""
-    import torch
+def _available_memory() -> int:
+    from ..hardware import available_memory  # brings torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    free = [int(line.split()[1]) * 1024 for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
-    group = root / "sys/fs/cgroup"
-    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
-    if limit and used and limit[0] != "max":
-        # What is only there to read files faster can be had at any time.
-        reclaimable = [
-            int(line.split()[1]) for line in _lines(group / "memory.stat") if line.startswith("inactive_file ")
-        ]
-        free.append(int(limit[0]) - int(used[0]) + sum(reclaimable))
-    return min(free, default=2**63)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
+    return available_memory()
 
 
 def _free() -> None:
     import torch
 
-    from ..checkpoints import give_back_freed_memory
+    from ..hardware import give_back_freed_memory
 
     gc.collect()
     give_back_freed_memory()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ..checkpoints import multiplies_bfloat16
+from ..hardware import multiplies_bfloat16
 from .batches import InBackground
 
 WARM_UP_STEPS = 100

@@ -37,7 +37,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import paligemma
-from paligemma.checkpoints import EMBEDDED_FOLDER, int8_folder, weight_files
+from paligemma.checkpoints import EMBEDDED_FOLDER
+from paligemma.checkpoints.quantized import int8_folder
+from paligemma.checkpoints.weights import weight_files
 from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma.kv_cache import KVCache
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -15,7 +14,8 @@ from conftest import EXAMPLES
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
-from paligemma import PaliGemmaError, checkpoints
+from paligemma import PaliGemmaError
+from paligemma.checkpoints import quantized
 from paligemma.quantization import Int8Linear, OneDnnWeight, pack, packing, quantize, rotation, turn, turn_back
 
 # [in, out]: of the eye and of the voice in the official shapes, and of the embedded checkpoint.
@@ -187,7 +187,7 @@ def test_the_embedding_reads_the_rows_of_the_output(tiny, tiny_int8):
 def test_int8_weights_are_made_once(folder, int8_cache, monkeypatch):
     first = paligemma.load(folder, dtype="int8")
     (kept,) = int8_cache.iterdir()
-    monkeypatch.setattr(checkpoints, "write_int8_weights", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(quantized, "write_int8_weights", lambda *_: pytest.fail("made again"))
     second = paligemma.load(folder, dtype="int8")
     assert list(int8_cache.iterdir()) == [kept]
     states = torch.randn(3, 64)
@@ -235,7 +235,7 @@ def test_damaged_int8_weights_are_made_anew(folder, int8_cache):
 def test_int8_weights_may_be_in_several_files(folder, int8_cache, monkeypatch):
     whole = paligemma.load(folder, dtype="int8")
     shutil.rmtree(int8_cache)
-    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(quantized, "SHARD_BYTES", 10_000)
     parts = paligemma.load(folder, dtype="int8")
     assert len(list(int8_cache.glob("*/*.safetensors"))) > 5
     ids = torch.tensor([whole.processor.input_ids("caption en")])
@@ -266,101 +266,3 @@ def test_progress_is_told_from_nothing_to_nearly_all(folder, int8_cache):
         assert fractions[0] == 0
         assert fractions == sorted(fractions)
         assert 0.9 < fractions[-1] <= 1
-
-
-# --- what runs where
-
-
-def test_int8_is_refused_where_it_cannot_run(monkeypatch):
-    with pytest.raises(PaliGemmaError, match="int8 runs on CPUs, not on meta; please choose bfloat16"):
-        paligemma.load(device="meta", dtype="int8")
-    monkeypatch.setattr(checkpoints, "int8_is_available", lambda: False)
-    with pytest.raises(PaliGemmaError, match="int8 needs an x86 CPU; please choose bfloat16"):
-        paligemma.load(dtype="int8")
-
-
-@pytest.mark.parametrize(
-    ("device", "parameters", "available", "bfloat16", "faster", "expected"),
-    [
-        ("cuda", 5_000_000, True, False, True, torch.bfloat16),
-        ("cuda", 3_000_000_000, True, False, True, torch.bfloat16),
-        ("cpu", 5_000_000, True, True, True, torch.float32),
-        ("cpu", 3_000_000_000, True, False, False, torch.int8),
-        ("cpu", 3_000_000_000, True, True, True, torch.int8),
-        ("cpu", 3_000_000_000, True, True, False, torch.bfloat16),
-        ("cpu", 3_000_000_000, False, False, True, torch.bfloat16),
-    ],
-)
-def test_auto_takes_what_suits_device_and_size(device, parameters, available, bfloat16, faster, expected, monkeypatch):
-    monkeypatch.setattr(checkpoints, "int8_is_available", lambda: available)
-    monkeypatch.setattr(checkpoints, "int8_is_faster", lambda: faster)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
-    assert checkpoints.choose_dtype(torch.device(device), parameters) == expected
-
-
-@pytest.mark.parametrize(("slow", "expected"), [(Int8Linear, False), (torch.nn.Linear, True)])
-def test_the_faster_dtype_is_measured(slow, expected, monkeypatch):
-    forward, clock = slow.forward, SimpleNamespace(now=0.0)
-
-    def take_a_second(layer, states):
-        clock.now += 1.0
-        return forward(layer, states)
-
-    monkeypatch.setattr(slow, "forward", take_a_second)
-    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    assert checkpoints.int8_is_faster() == expected
-
-
-def test_what_auto_measures_runs_on_the_cores_of_the_container(monkeypatch):
-    before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(checkpoints, "available_cores", lambda: 1)
-    monkeypatch.setattr(checkpoints, "choose_dtype", lambda *_: seen.append(torch.get_num_threads()) or torch.float32)
-    try:
-        paligemma.load(device="cpu")
-        assert seen == [1]
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "expected"),
-    [
-        ("0::/\n", {"cpu.max": "150000 100000"}, 1),
-        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
-        ("0::/\n", {"cpu.max": "300000 100000"}, 3),
-        ("0::/\n", {"cpu.max": "max 100000"}, 64),
-        ("0::/\n", {}, 64),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
-        ("0::/of/the/host\n", {"cpu.max": "200000 100000"}, 2),
-        (
-            "3:memory:/x\n2:cpu,cpuacct:/x\n",
-            {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"},
-            4,
-        ),
-        ("2:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
-    ],
-)
-def test_threads_are_those_of_the_container(groups, files, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.os, "sched_getaffinity", lambda _: range(64), raising=False)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, content in files.items():
-        file = tmp_path / "sys/fs/cgroup" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content + "\n")
-    assert checkpoints.available_cores(tmp_path) == expected
-
-
-def test_without_cgroups_all_cores_are_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.os, "sched_getaffinity", lambda _: range(8), raising=False)
-    assert checkpoints.available_cores(tmp_path) == 8
-
-
-def test_loading_takes_no_more_threads_than_there_are_cores(monkeypatch):
-    before = torch.get_num_threads()
-    monkeypatch.setattr(checkpoints, "available_cores", lambda: 1)
-    try:
-        paligemma.load()
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)

@@ -10,7 +10,7 @@ from conftest import EXAMPLES, Watched, wait_until
 from PIL import Image
 
 from paligemma import PaliGemmaError
-from paligemma.demo.serving import EMBEDDED, Answer, Models, answer_prompts, available_memory
+from paligemma.demo.serving import EMBEDDED, Answer, Models, answer_prompts
 
 IMAGE = Image.open(EXAMPLES / "cats.png")
 GIGABYTE = 2**30
@@ -104,20 +104,6 @@ def test_after_closing_nobody_begins_but_who_began_may_finish(tiny):
         with pytest.raises(PaliGemmaError, match="ask again in a minute"):
             machine.use("a")
     assert machine.models.wait_until_idle(0)
-
-
-def test_memory_is_that_of_the_machine_or_of_its_container(tmp_path):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
-    assert available_memory(tmp_path) == 5000 * 1024
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("1024\n")
-    assert available_memory(tmp_path) == 5000 * 1024
-    (group / "memory.max").write_text("4096\n")
-    (group / "memory.stat").write_text("anon 10\ninactive_file 512\n")
-    assert available_memory(tmp_path) == 4096 - 1024 + 512
 
 
 def test_prompts_are_answered_one_after_another_and_the_image_is_encoded_once(tiny, monkeypatch):

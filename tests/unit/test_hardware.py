@@ -1,0 +1,136 @@
+"""What a machine has: devices, dtypes, cores and memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import paligemma
+from paligemma import PaliGemmaError, hardware
+from paligemma.quantization import Int8Linear
+
+
+def test_int8_is_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(PaliGemmaError, match="int8 runs on CPUs, not on meta; please choose bfloat16"):
+        paligemma.load(device="meta", dtype="int8")
+    monkeypatch.setattr(hardware, "int8_is_available", lambda: False)
+    with pytest.raises(PaliGemmaError, match="int8 needs an x86 CPU; please choose bfloat16"):
+        paligemma.load(dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "available", "bfloat16", "faster", "expected"),
+    [
+        ("cuda", 5_000_000, True, False, True, torch.bfloat16),
+        ("cuda", 3_000_000_000, True, False, True, torch.bfloat16),
+        ("cpu", 5_000_000, True, True, True, torch.float32),
+        ("cpu", 3_000_000_000, True, False, False, torch.int8),
+        ("cpu", 3_000_000_000, True, True, True, torch.int8),
+        ("cpu", 3_000_000_000, True, True, False, torch.bfloat16),
+        ("cpu", 3_000_000_000, False, False, True, torch.bfloat16),
+    ],
+)
+def test_auto_takes_what_suits_device_and_size(device, parameters, available, bfloat16, faster, expected, monkeypatch):
+    monkeypatch.setattr(hardware, "int8_is_available", lambda: available)
+    monkeypatch.setattr(hardware, "int8_is_faster", lambda: faster)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
+    assert hardware.choose_dtype(torch.device(device), parameters) == expected
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(Int8Linear, False), (torch.nn.Linear, True)])
+def test_the_faster_dtype_is_measured(slow, expected, monkeypatch):
+    forward, clock = slow.forward, SimpleNamespace(now=0.0)
+
+    def take_a_second(layer, states):
+        clock.now += 1.0
+        return forward(layer, states)
+
+    monkeypatch.setattr(slow, "forward", take_a_second)
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    assert hardware.int8_is_faster() == expected
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Writes the files in which Linux says what a process may use, on a machine of 64 cores."""
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(hardware, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path / "cgroup")
+
+    def write(groups, files):
+        for name, content in {"proc/self/cgroup": groups, **{f"cgroup/{name}": files[name] for name in files}}.items():
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content + "\n")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "300000 100000"}, 3),
+        ("0::/", {"cpu.max": "max 100000"}, 64),
+        ("0::/", {}, 64),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
+        ("0::/of/the/host", {"cpu.max": "200000 100000"}, 2),
+        (
+            "3:memory:/x\n2:cpu,cpuacct:/x",
+            {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("2:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+def test_cores_are_those_of_the_container(machine, groups, files, expected):
+    machine(groups, files)
+    assert hardware.available_cores() == expected
+
+
+def test_without_cgroups_all_cores_are_used(machine):
+    assert hardware.available_cores() == 64
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("9:cpuset:/", {}, 5000 * 1024),
+        ("0::/", {"memory.max": "max", "memory.current": "1024"}, 5000 * 1024),
+        ("0::/", {"memory.max": "4096", "memory.current": "1024"}, 3072),
+        (
+            "0::/a",
+            {"a/memory.max": "4096", "a/memory.current": "1024", "a/memory.stat": "anon 10\ninactive_file 512"},
+            3584,
+        ),
+        ("0::/a", {"a/memory.max": "max", "memory.max": "4096", "memory.current": "1024"}, 3072),
+        (
+            "4:memory:/x",
+            {
+                "memory/x/memory.limit_in_bytes": "4096",
+                "memory/x/memory.usage_in_bytes": "1024",
+                "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 256",
+            },
+            3328,
+        ),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_or_of_its_container(machine, groups, files, expected):
+    machine(groups, {**files, "../proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB"})
+    assert hardware.available_memory() == expected
+
+
+def test_loading_takes_no_more_threads_than_there_are_cores_also_to_measure_dtypes(machine, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    machine("0::/", {"cpu.max": "100000 100000"})
+    monkeypatch.setattr(hardware, "LARGE", 1)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr(hardware, "int8_is_faster", lambda: seen.append(torch.get_num_threads()))
+    try:
+        paligemma.load(device="cpu")
+        assert seen == [torch.get_num_threads()] == [1]
+    finally:
+        torch.set_num_threads(before)
