@@ -209,7 +209,7 @@ class Models:
 
     def _make_room(self, needed: int) -> None:
         """Unload idle checkpoints, the least recently used first, until `needed` bytes are free."""
-        while self._free_memory() < needed:
+        while self._loads_when_asked and self._free_memory() < needed:
             with self._lock:
                 idle = [
                     one for one in self._checkpoints.values() if not one.users and one.loading and one.loading.done()

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -109,6 +110,12 @@ def test_requests_are_answered_one_after_another(long_winded_address, watched):
     assert watched.answer_of_token[-12:] == [first] * 6 + [second] * 6
 
 
+def run_async(coroutine):
+    """Its result; in a thread of its own, since Playwright's event loop may run in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
 def test_all_of_64_clients_at_once_are_answered(page_address, tiny):
     path = uploaded_path(page_address)
 
@@ -121,7 +128,7 @@ def test_all_of_64_clients_at_once_are_answered(page_address, tiny):
         async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64)) as client:
             return await asyncio.gather(*(caption(client) for _ in range(64)))
 
-    answers = {answer.strip().rpartition("data: ")[2] for answer in asyncio.run(captions())}
+    answers = {answer.strip().rpartition("data: ")[2] for answer in run_async(captions())}
     assert answers == {json.dumps([tiny.generate(PICTURE, "caption en")])}
 
 
@@ -284,7 +291,7 @@ def test_an_agent_finds_the_tools_and_calls_one(serve, tiny):
             image = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
             return tools, await session.call_tool("caption", {"image": image, "language": "en"})
 
-    tools, result = asyncio.run(call())
+    tools, result = run_async(call())
     by_name = {tool.name.removeprefix("app_"): tool for tool in tools}
     assert set(by_name) == {"generate", "caption", "detect", "segment"}
     assert "boxes" in by_name["detect"].description

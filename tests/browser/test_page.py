@@ -118,8 +118,8 @@ def test_a_task_writes_its_prompt_which_can_be_run(open_page, page_address, tiny
     expect(tab.locator(PROMPT)).to_have_value(task.prompt())
     expect(tab.locator("#hint")).to_contain_text(task.hint.split("`")[0])
     tab.click("#run")
-    expect(tab.locator("#copy")).to_be_visible(timeout=20_000)
-    assert answer_in(tab) in (tiny.generate(PICTURE, task.prompt()), handlers.EMPTY_ANSWER)
+    answer = tiny.generate(PICTURE, task.prompt()) or handlers.EMPTY_ANSWER
+    expect(tab.locator(TEXT)).to_have_text(answer, timeout=20_000)
 
 
 def test_what_is_typed_chooses_the_task(open_page, page_address):

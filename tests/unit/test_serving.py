@@ -66,6 +66,27 @@ def test_what_is_being_used_stays(tiny):
     assert machine.here == ["c"]
 
 
+def test_checkpoints_that_are_loaded_at_the_start_stay_and_one_that_failed_is_not_tried_again(tiny):
+    machine, loading_threads = Machine(1, tiny), []
+    load = machine.load
+
+    def fail_b(source, **callbacks):
+        loading_threads.append(threading.current_thread())
+        if source == "b":
+            raise PaliGemmaError("There is no b; please choose another.")
+        return load(source, **callbacks)
+
+    machine.models = Models(machine.models.names, fail_b, lambda: 0)
+    machine.models.load_all()
+    assert machine.here == ["a", "c"]
+    assert loading_threads == [threading.main_thread()] * 3
+    for _ in range(2):
+        with pytest.raises(PaliGemmaError, match="There is no b"):
+            machine.use("b")
+    assert machine.models.status("b") == "There is no b; please choose another."
+    assert len(loading_threads) == 3
+
+
 def test_who_waits_sees_how_far_the_loading_is_and_a_failure_is_tried_again(tiny):
     go_on, attempts = threading.Event(), []
 
