@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .config import TextConfig
 from .kv_cache import KVCache
-from .quantization import prepare_for
 
 
 class RMSNorm(nn.Module):
@@ -76,17 +75,16 @@ class GemmaAttention(nn.Module):
         first: int,
     ) -> Tensor:
         batch, length, _ = hidden_states.shape
-        states = prepare_for(self.k_proj, hidden_states)
-        keys = rotate(self.k_proj(states).view(batch, length, -1, self.head_dim), *rotary).transpose(1, 2)
-        values = self.v_proj(states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        keys = rotate(self.k_proj(hidden_states).view(batch, length, -1, self.head_dim), *rotary).transpose(1, 2)
+        values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)  # [B, kv_heads, S, head_dim]
 
         if first:  # every position is looked at, but only those from here on look
-            length, states = length - first, prepare_for(self.q_proj, hidden_states[:, first:])
+            length, hidden_states = length - first, hidden_states[:, first:]
             rotary = rotary[0][first:], rotary[1][first:]
             mask = None if mask is None else mask[..., first:, :]
-        queries = rotate(self.q_proj(states).view(batch, length, -1, self.head_dim), *rotary)
+        queries = rotate(self.q_proj(hidden_states).view(batch, length, -1, self.head_dim), *rotary)
         queries = queries.view(batch, length, self.kv_heads, self.group, self.head_dim).transpose(1, 2)
         queries = queries.reshape(batch, self.kv_heads, length * self.group, self.head_dim)
         if mask is not None:
@@ -106,9 +104,8 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        states = prepare_for(self.gate_proj, hidden_states)
-        gate = F.gelu(self.gate_proj(states), approximate="tanh")
-        return self.down_proj(gate * self.up_proj(states))
+        gate = F.gelu(self.gate_proj(hidden_states), approximate="tanh")
+        return self.down_proj(gate * self.up_proj(hidden_states))
 
 
 class GemmaLayer(nn.Module):

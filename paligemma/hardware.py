@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,29 +20,60 @@ from .quantization import is_available as int8_is_available
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 # From this many parameters on, reading them is what a CPU spends its time with.
 LARGE = 500_000_000
-# From malloc.h: pieces of more bytes are given back when freed; the end of the heap is, when more bytes of it are free.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 KEPT_BYTES = 2**30
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+PROC, CGROUPS, DEVICES = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev")
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device that was asked for if it is here, the best one if none was."""
+    """The device that was asked for, the best one that works if none was.
+
+    Raises:
+        PaliGemmaError: it is not here, or torch cannot use it.
+    """
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_cuda = torch.cuda.is_available() and _problem_with("cuda") is None
+        device = "cuda" if has_cuda else "mps" if torch.backends.mps.is_available() else "cpu"
+    if problem := _problem_with(device):
+        raise PaliGemmaError(f"The device {device} cannot be used here ({problem}); please choose cpu.")
+    return torch.device(device)
+
+
+def unused_gpu() -> str | None:
+    """A sentence on why torch cannot use the NVIDIA GPU of this machine and what to do; None if it can, or there is none."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    problem = None if is_hidden or not _has_nvidia_gpu() else _problem_with("cuda")
+    return problem and (
+        f"This machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it ({problem}), so models run on the "
+        "CPU; please update the NVIDIA driver, or install the torch that fits it, see https://pytorch.org/get-started."
+    )
+
+
+def _problem_with(device: str | torch.device) -> str | None:
+    """What torch says when it cannot compute on a device; None if it can."""
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise PaliGemmaError(f"The device {device} cannot be used here ({reason}); please choose cpu.") from error
-    return device
+        torch.ones(1, device=torch.device(device)).add_(1)
+    except torch.OutOfMemoryError:
+        return None  # it could, but for others
+    except (RuntimeError, AssertionError) as error:  # the latter, of builds that know no such device
+        return str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    return None
+
+
+def _has_nvidia_gpu() -> bool:
+    if any(DEVICES.glob("nvidia[0-9]*")):
+        return True
+    try:  # elsewhere than on Linux, and where Windows lends its GPU to a Linux inside
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return listed.stdout.startswith("GPU")
 
 
 def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of this name, if the device can run it."""
-    dtype = DTYPES.get(dtype, dtype)
-    if dtype not in DTYPES.values():
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
         raise PaliGemmaError(f"The dtype {dtype} is not known; please choose auto or one of {', '.join(DTYPES)}.")
     if dtype == torch.int8 and device.type != "cpu":
         raise PaliGemmaError(f"int8 runs on CPUs, not on {device}; please choose bfloat16.")
@@ -74,18 +106,18 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 @torch.inference_mode()
 def int8_is_faster() -> bool:
-    """Whether int8 beats bfloat16 here, over the reading of a picture and an answer of a few words."""
+    """Whether int8 beats bfloat16 here, over a prefill and an answer of a few tokens."""
     quantized = quantize(torch.randn(8192, 2048))
     with packing():  # together they are larger than the cache of a CPU, as a checkpoint is
         int8 = [Int8Linear(pack(*quantized)) for _ in range(8)]
     bfloat16 = [nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16) for _ in int8]
 
-    def seconds(layers: list[nn.Module], prompt: Tensor) -> float:
+    def seconds(layers: Sequence[nn.Module], prompt: Tensor) -> float:
         for layer in layers:
             layer(prompt[:1])
-        layers[0](prompt)
+        layers[0](prompt[:])
         start = time.perf_counter()
-        layers[0](prompt)
+        layers[0](prompt[:])  # another tensor, as in a model: int8 layers remember what they prepared from the last one
         middle = time.perf_counter()
         for _ in range(16):
             for layer in layers:
@@ -166,15 +198,16 @@ def keep_freed_memory() -> None:
     """
     give_back_freed_memory()
     libc = _c_library()
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    if libc is not None and hasattr(libc, "mallopt"):
+        # From malloc.h: pieces of more bytes are given back when freed; the end of the heap is, when more of it are free.
+        for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(threshold, KEPT_BYTES)
 
 
 def give_back_freed_memory() -> None:
     """Let glibc, where it is the C library, give the kernel what has been freed since."""
     libc = _c_library()
-    if hasattr(libc, "malloc_trim"):
+    if libc is not None and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VisionConfig
-from .quantization import prepare_for
 
 
 class VisionEmbeddings(nn.Module):
@@ -41,7 +40,6 @@ class VisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         batch, patches, width = hidden_states.shape
-        hidden_states = prepare_for(self.q_proj, hidden_states)
         queries, keys, values = (
             project(hidden_states).view(batch, patches, self.num_heads, -1).transpose(1, 2)  # [B, heads, patches, dim]
             for project in (self.q_proj, self.k_proj, self.v_proj)

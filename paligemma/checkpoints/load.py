@@ -16,35 +16,30 @@ from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from ..mask_decoder import MaskDecoder
 from ..model import PaliGemma
 from ..processor import Processor
+from .formats import CONFIG_FILE, check_format
 from .hub import download
 from .quantized import load_int8_weights
-from .weights import Progress, load_weights, no_progress, weight_files
+from .weights import Progress, check_tensors, find_tensors, ignore, load_weights, resolve_output_layer, weight_files
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny"
-
-
-def no_room_made(needed: int) -> None:
-    """What `load` announces its weights to unless told otherwise."""
 
 
 def load(
     source: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = "auto",
-    revision: str | None = None,
     compile: bool = False,
-    progress: Progress = no_progress,
-    make_room: Callable[[int], None] = no_room_made,
+    progress: Progress = ignore,
+    make_room: Callable[[int], object] = ignore,
 ) -> VisionLanguageModel:
     """Load a checkpoint and all that it takes to use it.
 
     Args:
         source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
-            revision may follow: `google/paligemma-3b-mix-224@bfloat16`.
+            branch, tag or commit may follow: `google/paligemma-3b-mix-224@bfloat16`.
         device: where to run; None takes a GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
             are kept next to the Hub's cache, so that they are made once.
-        revision: branch, tag or commit on the Hub.
         compile: compile the step that makes a token (CUDA), see `VisionLanguageModel.compile`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
@@ -56,22 +51,23 @@ def load(
     dtype = None if dtype in (None, "auto") else check_dtype(dtype, device)
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
-    folder = find_folder(source, revision, progress)
-    config = PaliGemmaConfig.from_file(folder / "config.json")
+    folder = find_folder(source, progress)
+    config = PaliGemmaConfig.from_file(folder / CONFIG_FILE)
     processor = Processor.from_file(config, folder / "tokenizer.json")
-    with torch.device("meta"), WithoutInitialisation():
+    config, tensors = resolve_output_layer(config, find_tensors(weight_files(folder)))
+    with torch.device("meta"), WithoutInitialization():
         model = PaliGemma(config)
+    check_tensors(model, tensors, folder)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if dtype is None:
-        dtype = choose_dtype(device, parameters)
+    dtype = dtype or choose_dtype(device, parameters)
     make_room(parameters * dtype.itemsize)
     with explained_lack_of_memory(device):
         if dtype == torch.int8:
-            load_int8_weights(model, weight_files(folder), progress)
+            load_int8_weights(model, tensors, progress)
         else:
-            load_weights(model, weight_files(folder), dtype, device, progress)
+            load_weights(model, tensors, dtype, device, progress)
     keep_freed_memory()
     vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
     if compile:
@@ -79,20 +75,23 @@ def load(
     return vlm
 
 
-def find_folder(
-    source: str | os.PathLike | None, revision: str | None = None, progress: Progress = no_progress
-) -> Path:
-    """The folder that holds a checkpoint's files, fetched from the Hub if need be."""
+def find_folder(source: str | os.PathLike | None, progress: Progress = ignore) -> Path:
+    """The folder that holds a checkpoint's files, fetched from the Hub if need be.
+
+    Raises:
+        PaliGemmaError: there is no such folder, the Hub does not give it, or it is of a format that cannot be read.
+    """
     if source is None:
         return EMBEDDED_FOLDER
-    folder = Path(os.path.expanduser(source))
-    if folder.is_dir():
-        return folder
-    source = str(source)
-    repository, _, revision_in_source = source.partition("@")
-    if folder.is_absolute() or source.startswith((".", "~")) or repository.count("/") != 1:
+    for name in (source, str(source).strip()):
+        folder = Path(os.path.expanduser(name))
+        if folder.is_dir():
+            check_format(str(folder), folder, os.listdir(folder))
+            return folder
+    repository, _, revision = str(source).strip().partition("@")
+    if folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") != 1:
         raise PaliGemmaError(f"There is no folder {source}; please give a folder or a Hub id such as owner/name.")
-    return download(repository, revision or revision_in_source or None, progress)
+    return download(repository, revision or None, progress)
 
 
 def find_mask_decoder(folder: Path) -> MaskDecoder | None:
@@ -103,12 +102,12 @@ def find_mask_decoder(folder: Path) -> MaskDecoder | None:
     return None
 
 
-class WithoutInitialisation(TorchFunctionMode):
+class WithoutInitialization(TorchFunctionMode):
     """Builds modules without drawing weights that are about to be replaced; drawing on `meta` alone takes seconds."""
 
     def __torch_function__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
+            return args[0] if args else (kwargs or {})["tensor"]
         return function(*args, **(kwargs or {}))

@@ -1,10 +1,12 @@
-"""The weights of a checkpoint: which safetensors files hold them, and under which keys."""
+"""The weights of a checkpoint: which safetensors files hold them, under which keys, and how they get into a model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,105 +14,131 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..config import PaliGemmaError
+from ..config import PaliGemmaConfig, PaliGemmaError
 from ..model import PaliGemma
-
-INDEX_FILE = "model.safetensors.index.json"
-# How safetensors names what torch calls otherwise.
-STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from .formats import INDEX_FILE, SINGLE_FILE, foreign_tensors
 
 EMBEDDING = "language_model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
-# Older files carry these tables, which the model computes for itself.
-COMPUTED_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")
+COMPUTED_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")  # tables in older files, which the model computes
+UNUSED_PREFIX = "vision_tower.head."  # a pooling head that SigLIP has and PaliGemma does not use
+# How safetensors names what torch calls otherwise.
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
-
-# Told what is being done, and how much of it, 0 to 1, or None if that is not known.
+# The names of a model's parameters, each with the file that holds it and its key there.
+Tensors = dict[str, tuple[Path, str]]
+# Called with what is being done and how much of it is, 0 to 1, or None if that is not known.
 Progress = Callable[[str, float | None], None]
 
 
-def no_progress(doing: str, fraction: float | None) -> None:
-    """What `load` reports to unless told otherwise."""
+def ignore(*_: object) -> None:
+    """What callbacks are where nobody listens."""
+
+
+def weight_names(folder: Path, names: Collection[str]) -> list[str]:
+    """The safetensors files of a checkpoint: the single one, as in transformers, or the shards that its index lists.
+
+    Args:
+        folder: where the index is, if there is one.
+        names: all files that the checkpoint has.
+
+    Raises:
+        PaliGemmaError: neither is there, or the index is damaged.
+    """
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE]
+    if INDEX_FILE not in names:
+        raise PaliGemmaError(f"{folder / SINGLE_FILE} is missing; please fetch the checkpoint again.")
+    index = folder / INDEX_FILE
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        inside = [not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in shards]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PaliGemmaError(f"{index} is not an index of shards; please fetch the checkpoint again.") from error
+    if not shards:
+        raise PaliGemmaError(f"{index} lists no shards; please fetch the checkpoint again.")
+    if not all(inside) or any("\\" in name or ":" in name for name in shards):
+        raise PaliGemmaError(f"{index} lists files outside its folder; please do not use this checkpoint.")
+    return shards
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the shards that its index lists, or the single one."""
-    index = folder / INDEX_FILE
-    if not index.exists():
-        files = [folder / "model.safetensors"]
-    else:
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [folder / name for name in sorted(set(shards))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PaliGemmaError(f"{index} is not an index of shards; please fetch the checkpoint again.") from error
-        if not files:
-            raise PaliGemmaError(f"{index} lists no shards; please fetch the checkpoint again.")
+    """The files that `weight_names` lists; raises PaliGemmaError also if one is missing."""
+    files = [folder / name for name in weight_names(folder, os.listdir(folder))]
     for file in files:
         if not file.exists():
             raise PaliGemmaError(f"{file} is missing; please fetch the checkpoint again.")
     return files
 
 
-def find_tensors(model: PaliGemma, files: list[Path]) -> dict[str, tuple[Path, str]]:
-    """The file and the key there of every parameter of `model`, which was built on `meta`.
+def find_tensors(files: Collection[Path]) -> Tensors:
+    """All tensors of some files that a PaliGemma may have.
 
     Raises:
-        PaliGemmaError: a tensor is missing, unexpected or of another shape, or a file is damaged.
+        PaliGemmaError: a file is damaged, or written by and for other programs.
     """
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    expected[OUTPUT] = expected[EMBEDDING]
-    found: dict[str, tuple[Path, str]] = {}
+    found: Tensors = {}
     for file in files:
         with open_file(file) as mapped:
+            if content := foreign_tensors(mapped.keys(), mapped.metadata()):
+                raise PaliGemmaError(f"{file} holds {content}.")
             for key in mapped.keys():
                 name = canonical_name(key)
-                if name.endswith(COMPUTED_SUFFIXES):
-                    continue
-                if name not in expected:
-                    raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
-                shape = tuple(mapped.get_slice(key).get_shape())
-                if shape != expected[name]:
-                    raise PaliGemmaError(f"{file}: {key} has the shape {list(shape)}, expected {list(expected[name])}.")
-                found[name] = file, key
-
-    # The output layer is the embedding again; files may hold it under either name, or under both.
-    output = found.pop(OUTPUT, None)
-    if output is not None and not torch.equal(read_tensor(*found.setdefault(EMBEDDING, output)), read_tensor(*output)):
-        raise PaliGemmaError(f"{files[0].parent}: {OUTPUT} differs from {EMBEDDING}, expected them to be tied.")
-    missing = [name for name in expected if name not in found and name != OUTPUT]
-    if missing:
-        raise PaliGemmaError(
-            f"{files[0].parent} lacks {len(missing)} tensors, the first is {official_name(missing[0])} of shape "
-            f"{list(expected[missing[0]])}; please fetch the checkpoint again."
-        )
+                if not name.startswith(UNUSED_PREFIX) and not name.endswith(COMPUTED_SUFFIXES):
+                    found[name] = file, key
     return found
 
 
+def resolve_output_layer(config: PaliGemmaConfig, tensors: Tensors) -> tuple[PaliGemmaConfig, Tensors]:
+    """Say in `config` whether the output layer is the token embedding, and name each of the two that there is once.
+
+    The weights decide: an output layer that differs from the embedding was trained apart, one that equals it is left out.
+    One that is stored in the embedding's place is the embedding.
+    """
+    if OUTPUT not in tensors:
+        return config, tensors
+    rest = {name: place for name, place in tensors.items() if name != OUTPUT}
+    if EMBEDDING not in tensors and config.tie_word_embeddings:
+        return config, {EMBEDDING: tensors[OUTPUT], **rest}
+    is_tied = EMBEDDING in tensors and _are_equal(read_tensor(*tensors[EMBEDDING]), read_tensor(*tensors[OUTPUT]))
+    return replace(config, tie_word_embeddings=is_tied), rest if is_tied else tensors
+
+
+def check_tensors(model: PaliGemma, tensors: Tensors, where: Path) -> None:
+    """Raise PaliGemmaError unless `tensors` are the parameters of `model`, all of them and in their shapes."""
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, (file, key) in tensors.items():
+        if name not in expected:
+            raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
+    for file in dict.fromkeys(file for file, _ in tensors.values()):
+        with open_file(file) as mapped:
+            for name, (of, key) in tensors.items():
+                shape = mapped.get_slice(key).get_shape() if of == file else expected[name]
+                if shape != expected[name]:
+                    raise PaliGemmaError(f"{file}: {key} has the shape {shape}, expected {expected[name]}.")
+    if missing := [name for name in expected if name not in tensors]:
+        raise PaliGemmaError(
+            f"{where} lacks {len(missing)} tensors, the first is {official_name(missing[0])} of shape "
+            f"{expected[missing[0]]}; please fetch the checkpoint again."
+        )
+
+
 def load_weights(
-    model: PaliGemma,
-    files: list[Path],
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress = no_progress,
+    model: PaliGemma, tensors: Tensors, dtype: torch.dtype, device: torch.device, progress: Progress = ignore
 ) -> None:
-    """Put the tensors of `files` into `model`, which was built on `meta`.
+    """Put `tensors` into `model`, which was built on `meta`.
 
     On a CPU, tensors that already have the right dtype stay where they are: they are views of the mapped file. Others
-    are cast or moved one by one, each through a mapping of its own, so that what has been read does not stay resident.
-
-    Raises:
-        PaliGemmaError: as `find_tensors`.
+    are cast one by one, each through a mapping of its own, so that what has been read does not stay resident.
     """
-    found = find_tensors(model, files)
-    mapped = {file: open_file(file) for file in files}
-    for number, (name, (file, key)) in enumerate(found.items()):
-        progress("Reading the weights", number / len(found))
-        if device.type == "cpu" and mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
+    mapped = {file: open_file(file) for file in {file for file, _ in tensors.values()}}
+    for number, (name, (file, key)) in enumerate(tensors.items()):
+        progress("Reading the weights", number / len(tensors))
+        if mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
             tensor = mapped[file].get_tensor(key)
         else:
-            tensor = read_tensor(file, key).to(dtype).to(device)  # cast here, since not every device knows float8
-        set_by_name(model, name, nn.Parameter(tensor, requires_grad=False))
+            tensor = read_tensor(file, key).to(dtype)  # before it is moved, since not every device knows float8
+        set_by_name(model, name, nn.Parameter(tensor.to(device), requires_grad=False))
     model.language_model.rotary.to(device)
 
 
@@ -127,6 +155,7 @@ def set_by_name(model: PaliGemma, name: str, value: nn.Parameter | nn.Module) ->
 
 
 def open_file(file: Path) -> safe_open:
+    """A safetensors file, mapped into memory; raises PaliGemmaError if it is damaged."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -156,23 +185,18 @@ def official_name(name: str) -> str:
     return name.replace("language_model.", "language_model.model.", 1)
 
 
-def save_checkpoint(
-    model: PaliGemma,
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    dtype: torch.dtype,
-    in_float8: Callable[[str], bool] = lambda name: False,
-) -> None:
-    """Write `config.json`, `tokenizer.json` and `model.safetensors` in the official layout, weights as `dtype`.
-
-    Parameters whose names, as `model` has them, are `in_float8` take one byte a number (E4M3, arXiv 2209.05433).
-    """
+def save_checkpoint(model: PaliGemma, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write `config.json`, `tokenizer.json` and `model.safetensors` in the official layout, weights as `dtype`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    weights = {
-        official_name(name): value.detach().to(torch.float8_e4m3fn if in_float8(name) else dtype)
-        for name, value in model.named_parameters()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {official_name(name): value.detach().to(dtype) for name, value in model.named_parameters()}
+    save_file(weights, folder / SINGLE_FILE, metadata={"format": "pt"})
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices of any dtypes hold the same numbers; compared in pieces, since each may take gigabytes."""
+    return one.shape == other.shape and all(
+        torch.equal(rows.float(), others.float()) for rows, others in zip(one.split(4096), other.split(4096))
+    )

@@ -1,4 +1,9 @@
-"""The two kernels of torch's that multiply int8 weights, and how each wants them packed."""
+"""Two kernels of torch's that multiply int8 weights, and how each wants them packed.
+
+Where the CPU has VNNI instructions, oneDNN's is the faster one. Elsewhere FBGEMM's is: it reads weights four times as fast
+for one row. Without VNNI both add pairs of products in 16 bits, which overflow where large weights meet large activations.
+Fewer levels for the activations keep nearly all sums below that, and cost less than the overflow would.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ def is_available() -> bool:
 
 
 class FbgemmWeight:
-    """A weight packed for FBGEMM, which rounds the activations while it packs them."""
+    """What `quantize` returns, packed for FBGEMM, which rounds the activations while it packs them."""
 
     def __init__(self, rounded: Tensor, scale: Tensor):
         # Fitted to measured errors, from 48 to 16384 channels: the fewer there are, the closer do the typical values lie
@@ -35,7 +40,7 @@ class FbgemmWeight:
 
 
 class OneDnnWeight:
-    """A weight packed for oneDNN. Activations have to be uint8: for int8 it falls back to a slow reference."""
+    """The same for oneDNN. Activations have to be uint8: for int8 it falls back to a slow reference."""
 
     levels = 127
 
@@ -47,20 +52,10 @@ class OneDnnWeight:
     def multiply(self, steps: Tensor) -> Tensor:
         """As `FbgemmWeight.multiply`."""
         zero_point = self.levels + 1
+        rounded = (steps + (zero_point + 0.5)).to(torch.uint8)  # cuts off what follows the point
         return torch.ops.onednn.qlinear_pointwise.default(
-            (steps + (zero_point + 0.5)).to(torch.uint8),  # rounds, since it cuts off what follows the point
-            1.0,
-            zero_point,
-            self.packed,
-            self.scale,
-            self.zero_points,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+            *(rounded, 1.0, zero_point, self.packed, self.scale, self.zero_points, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
         )
 
 

@@ -500,14 +500,9 @@ def train_all(stage: str, studio: Studio) -> None:
         return losses
 
     run.train(batches, losses)
-    save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16, is_feed_forward)
+    save_checkpoint(model.cpu(), studio.processor.tokenizer, studio.folder, torch.bfloat16)
     decoder = together.mask_decoder.cpu().state_dict()
     save_file({name: value.bfloat16() for name, value in decoder.items()}, studio.folder / "mask_decoder.safetensors")
-
-
-def is_feed_forward(name: str) -> bool:
-    """Whether a parameter is a matrix of those that are saved in float8, so that the file stays below 10 MB."""
-    return ".mlp." in name and name.endswith(".weight")
 
 
 def _grown(weights: dict[str, Tensor], config: PaliGemmaConfig, eye_grows_last: bool) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,74 @@ def test_int8_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(hardware, "int8_is_available", lambda: False)
     with pytest.raises(PaliGemmaError, match="int8 needs an x86 CPU; please choose bfloat16"):
         paligemma.load(dtype="int8")
+
+
+DRIVER = "The NVIDIA driver on your system is too old (found version 11040)"
+
+
+@pytest.fixture
+def with_gpu(tmp_path, monkeypatch):
+    """An NVIDIA GPU that torch cannot use, for the reason that is given."""
+
+    def appear(reason, is_available=False):
+        (tmp_path / "nvidia0").touch()
+        ones = torch.ones
+
+        def fail_on_cuda(*arguments, device=None, **settings):
+            if torch.device(device or "cpu").type == "cuda":
+                raise RuntimeError(reason)
+            return ones(*arguments, **settings)
+
+        monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+        monkeypatch.setattr(torch, "ones", fail_on_cuda)
+
+    return appear
+
+
+@pytest.mark.parametrize(
+    ("said", "is_available", "reason"),
+    [
+        (f"{DRIVER}. Please update your GPU driver by downloading a new version", False, DRIVER),
+        ("CUDA error: no kernel image is available\nCUDA kernel errors might", True, "no kernel image is available"),
+    ],
+)
+def test_gpu_that_torch_cannot_use_is_told_with_what_to_do(with_gpu, said, is_available, reason):
+    with_gpu(said, is_available)
+    sentence = hardware.unused_gpu()
+    assert sentence.startswith("This machine has an NVIDIA GPU, but torch ")
+    assert f"{reason}), so models run on the CPU; please update the NVIDIA driver, or install" in sentence
+    assert hardware.choose_device(None) == torch.device("cpu")
+
+
+def test_gpu_that_torch_was_not_built_for_is_told(tmp_path, monkeypatch):
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is built for CUDA")
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+    assert "cannot use it (Torch not compiled with CUDA enabled), so models run on the CPU" in hardware.unused_gpu()
+
+
+def test_gpu_may_be_there_for_nvidia_smi_alone(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'")
+    program.chmod(0o755)
+    monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "This machine has an NVIDIA GPU" in hardware.unused_gpu()
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9")
+    assert hardware.unused_gpu() is None
+
+
+def test_nothing_is_told_where_there_is_no_gpu_or_it_is_hidden_on_purpose(tmp_path, with_gpu, monkeypatch):
+    with_gpu(DRIVER)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware.unused_gpu() is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "nvidia0").unlink()
+    assert hardware.unused_gpu() is None
 
 
 @pytest.mark.parametrize(

@@ -1120,7 +1120,7 @@ def test_training_learns_logs_and_resumes_and_leaves_a_checkpoint(studio, tmp_pa
     assert vlm.config.vision.num_hidden_layers == EYE_LAYERS > train.KEENER_EYE_LAYERS > train.FIRST_EYE_LAYERS
     assert vlm.config.text.num_hidden_layers == TEXT_LAYERS > train.FIRST_TEXT_LAYERS
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
-    assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}
+    assert dtypes == {torch.bfloat16}
     assert isinstance(vlm.mask_decoder, MaskDecoder)
     assert vlm.generate(Image.new("RGB", (50, 50)), "caption en", max_new_tokens=3) is not None
 
