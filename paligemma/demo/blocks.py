@@ -55,4 +55,4 @@ class Page(gr.Blocks):
                 body.fn_index = refusal["id"]
             return await push(body, request, username)
 
-        queue.push = push_or_refuse  # type: ignore[method-assign]
+        queue.push = push_or_refuse

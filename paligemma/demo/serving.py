@@ -199,8 +199,7 @@ class Models:
 
         try:
             vlm = self._load(checkpoint.source, progress=report, make_room=self._make_room)
-            # Asked here, since on ZeroGPU only the thread that loads sees a GPU.
-            checkpoint.description = f"It runs in {str(vlm.weight_dtype).removeprefix('torch.')} on {vlm.device}."
+            checkpoint.description = _describe(vlm)  # here, since on ZeroGPU only the thread that loads sees a GPU
             checkpoint.vlm = vlm
             loading.set_result(vlm)
         except BaseException as error:  # reaches whoever waits
@@ -220,6 +219,18 @@ class Models:
                 log.info("unloading %s for room", oldest.source or EMBEDDED)
                 oldest.loading = oldest.vlm = None
             _free()
+
+
+def _describe(vlm: VisionLanguageModel) -> str:
+    """What a model runs in and on, and why not on a GPU where there is one that torch cannot use."""
+    from ..hardware import unused_gpu  # brings torch
+
+    description = f"It runs in {str(vlm.weight_dtype).removeprefix('torch.')} on {vlm.device}."
+    problem = unused_gpu() if vlm.device.type == "cpu" else None
+    if problem:
+        log.warning("%s", problem)
+        description += f" {problem}"
+    return description
 
 
 def _available_memory() -> int:

@@ -9,7 +9,7 @@ import pytest
 from conftest import EXAMPLES, Watched, wait_until
 from PIL import Image
 
-from paligemma import PaliGemmaError
+from paligemma import PaliGemmaError, hardware
 from paligemma.demo.serving import EMBEDDED, Answer, Models, answer_prompts
 
 IMAGE = Image.open(EXAMPLES / "cats.png")
@@ -85,6 +85,14 @@ def test_checkpoints_that_are_loaded_at_the_start_stay_and_one_that_failed_is_no
             machine.use("b")
     assert machine.models.status("b") == "There is no b; please choose another."
     assert len(loading_threads) == 3
+
+
+def test_a_gpu_that_torch_cannot_use_is_in_the_status_and_in_the_log(tiny, monkeypatch, caplog):
+    monkeypatch.setattr(hardware, "unused_gpu", lambda: "This GPU cannot be used; please update its driver.")
+    models = Models([None], lambda source, **_: tiny)
+    models.get(EMBEDDED)
+    assert models.status(EMBEDDED) == "It runs in float32 on cpu. This GPU cannot be used; please update its driver."
+    assert "please update its driver" in caplog.text
 
 
 def test_who_waits_sees_how_far_the_loading_is_and_a_failure_is_tried_again(tiny):
