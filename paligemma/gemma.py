@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -149,6 +151,7 @@ class GemmaModel(nn.Module):
         mask: Tensor | None = None,
         write: Write | None = None,
         first: int = 0,
+        after_layer: Callable[[], None] | None = None,
     ) -> Tensor:
         """Run the layers over T positions.
 
@@ -158,6 +161,7 @@ class GemmaModel(nn.Module):
             mask: bool [B, 1, T, S], or what broadcasts to it, True where a position attends to another; None: everywhere.
             write: see `Write`, with S positions to attend to; None: the T positions attend to each other.
             first: the first of the T positions that are asked for: the last layer computes none before it.
+            after_layer: called after each layer but the last.
 
         Returns:
             float [B, T - first, hidden_size], after the last norm.
@@ -165,4 +169,6 @@ class GemmaModel(nn.Module):
         rotary = self.rotary(positions, hidden_states.dtype)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, rotary, mask, write)
+            if after_layer is not None:
+                after_layer()
         return self.norm(self.layers[-1](hidden_states, rotary, mask, write, first))

@@ -60,6 +60,13 @@ class KVCache:
         """Forget the sequence in `slot`."""
         self.lengths[slot] = self.capacity
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """Put the sequence of `length` positions in one slot into another, free one."""
+        for cached in (self.keys, self.values):
+            cached[:, target, :, :length] = cached[:, source, :, :length]
+        self.lengths[target] = length
+        self.release(source)
+
     def step_writer(self, rows: int, limit: int) -> Write:
         """A function that appends a position (T is 1) to each of the first `rows` slots.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,9 +41,29 @@ class PaliGemma(nn.Module):
             return self.language_model.embed_tokens.logits(hidden_states).float()
         return self.lm_head(hidden_states).float()
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations."""
+        return self.language_model.norm.weight.dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the weights: int8, or that of the activations."""
+        return self.language_model.embed_tokens.weight.dtype
+
+    def image_features(self, pixel_values: Tensor, after_layer: Callable[[], None] | None = None) -> Tensor:
         """Float [B, 3, H, W] to float [B, patches, hidden_size], as they enter the decoder (unscaled)."""
-        return self.multi_modal_projector["linear"](self.vision_tower(pixel_values))
+        return self.multi_modal_projector["linear"](self.vision_tower(pixel_values, after_layer))
+
+    def encoder_version(self) -> tuple:
+        """A key that changes when a parameter of encoder or projector is replaced or written to, as by fine-tuning."""
+        parameters = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
+        # Tensors made in inference mode do not count how often they are written to.
+        return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
 
     def hidden_states(
         self,
@@ -82,13 +104,21 @@ class PaliGemma(nn.Module):
         hidden_states = self.hidden_states(self.image_features(pixel_values), input_ids, prefix_lengths, attention_mask)
         return self.logits(hidden_states)
 
-    def prefill(self, image_features: Tensor, input_ids: Tensor, cache: KVCache, slot: int = 0) -> Tensor:
+    def prefill(
+        self,
+        image_features: Tensor,
+        input_ids: Tensor,
+        cache: KVCache,
+        slot: int = 0,
+        after_layer: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Read images and prompts into B slots of `cache` from `slot` on, all positions of a row attending to each other.
 
         Args:
             image_features: float [B, patches, hidden_size].
             input_ids: int64 [B, T], unpadded, the image placeholders first.
             cache: with a capacity of at least T positions.
+            after_layer: called after each layer of the decoder but the last; steps over other slots may run meanwhile.
 
         Returns:
             float32 [B, vocab_size], the logits of the token after the prompt.
@@ -99,6 +129,7 @@ class PaliGemma(nn.Module):
             slice(0, length),
             write=cache.prefill_writer(slot),
             first=length - 1,
+            after_layer=after_layer,
         )
         cache.start(slot, rows, length)
         return self.logits(hidden_states[:, -1])
