@@ -107,7 +107,8 @@ def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
     """What `auto` stands for: bfloat16 on a GPU; on a CPU float32 for small checkpoints and int8 for large ones.
 
-    Where a CPU has instructions for bfloat16, large checkpoints run in that of the two which is measured to be faster.
+    Where a CPU has instructions for bfloat16, and memory for it, large checkpoints run in that of the two which is
+    measured to be faster.
     """
     if device.type != "cpu":
         return torch.bfloat16
@@ -115,7 +116,13 @@ def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
         return torch.float32
     if not int8_is_available():
         return torch.bfloat16
-    return torch.bfloat16 if multiplies_bfloat16(device) and not int8_is_faster() else torch.int8
+    fits = parameters * torch.bfloat16.itemsize <= total_memory(device)
+    return torch.bfloat16 if fits and multiplies_bfloat16(device) and not int8_is_faster() else torch.int8
+
+
+def smallest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that runs here in which weights take the least memory."""
+    return torch.int8 if device.type == "cpu" and int8_is_available() else torch.bfloat16
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -178,6 +185,16 @@ def available_memory() -> int:
                 own = _number_after("inactive_file", group / "memory.stat", default=0)
                 free.append(limit - used + _number_after("total_inactive_file", group / "memory.stat", default=own))
     return min(free)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has, taken or not; of a CPU, what its container allows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [1024 * _number_after("MemTotal:", PROC / "meminfo", default=2**53)]
+    for group in _control_groups("memory"):
+        limits += _numbers(group / "memory.max") or _numbers(group / "memory.limit_in_bytes")
+    return min(limits)
 
 
 def _control_groups(controller: str) -> Iterator[Path]:

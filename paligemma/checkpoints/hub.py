@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
+from .big_vision import find_npz
 from .formats import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, check_format
-from .weights import Progress, weight_names
+from .weights import Progress, ignore, weight_names
 
 # Files of some kilobytes, which tell whether the others can be used.
 DESCRIPTIONS = [CONFIG_FILE, "generation_config.json", ADAPTER_CONFIG_FILE, INDEX_FILE]
 
 
-def download(repository: str, revision: str | None, progress: Progress) -> Path:
+def download(
+    repository: str, revision: str | None, progress: Progress, check: Callable[[PaliGemmaConfig], object] = ignore
+) -> Path:
     """Fetch what a checkpoint needs, with progress bars, unless it is in the cache already.
+
+    Args:
+        repository, revision: on the Hub.
+        progress: see `Progress`.
+        check: called with the config before weights are fetched, to refuse it.
 
     Raises:
         PaliGemmaError: the Hub cannot be reached or refuses, the files cannot be stored, or they are no checkpoint that
@@ -43,8 +52,10 @@ def download(repository: str, revision: str | None, progress: Progress) -> Path:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=DESCRIPTIONS))
         names = _names(repository, folder)
         check_format(repository, folder, names)
-        PaliGemmaConfig.from_file(folder / CONFIG_FILE)
-        weights = weight_names(folder, names)
+        npz = find_npz(repository, names)
+        if npz is None:
+            check(PaliGemmaConfig.from_file(folder / CONFIG_FILE))
+        weights = weight_names(folder, names) if npz is None else [npz]
         if missing := [name for name in weights if name not in names]:
             raise PaliGemmaError(
                 f"{repository} lacks {missing[0]}, which its index lists; please choose another revision."

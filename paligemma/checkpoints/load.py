@@ -18,13 +18,17 @@ from ..hardware import (
     choose_dtype,
     explained_lack_of_memory,
     keep_freed_memory,
+    smallest_dtype,
+    total_memory,
 )
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from ..mask_decoder import MaskDecoder
 from ..model import PaliGemma
 from ..processor import Processor
+from .big_vision import BigVisionFile, find_npz
 from .formats import CONFIG_FILE, check_format
 from .hub import download
+from .memory import check_fits, weight_bytes
 from .quantized import load_int8_weights
 from .weights import Progress, check_tensors, find_tensors, ignore, load_weights, resolve_output_layer, weight_files
 
@@ -38,42 +42,53 @@ def load(
     compile: bool = False,
     progress: Progress = ignore,
     make_room: Callable[[int], object] = ignore,
+    tokenizer: str | os.PathLike | None = None,
 ) -> VisionLanguageModel:
     """Load a checkpoint and all that it takes to use it.
 
     Args:
         source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
-            branch, tag or commit may follow: `google/paligemma-3b-mix-224@bfloat16`.
+            branch, tag or commit may follow: `google/paligemma-3b-mix-224@bfloat16`. Or an `.npz` file of big_vision.
         device: where to run; None takes a GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
             are kept next to the Hub's cache, so that they are made once.
         compile: compile the step that makes a token (CUDA), see `Engine.compile`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
+        tokenizer: a `tokenizer.json`, or a folder that holds one; None takes the one beside the checkpoint.
 
     Raises:
         PaliGemmaError: the checkpoint cannot be found, reached, read or run; the sentence says what to do.
     """
     device = choose_device(device)
-    dtype = None if dtype in (None, "auto") else check_dtype(dtype, device)
+    wanted = None if dtype in (None, "auto") else check_dtype(dtype, device)
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
-    folder = find_folder(source, progress)
-    processor = Processor.from_file(PaliGemmaConfig.from_file(folder / CONFIG_FILE), folder / "tokenizer.json")
-    config, tensors = resolve_output_layer(processor.config, find_tensors(weight_files(folder)))
-    with torch.device("meta"), WithoutInitialization():
-        model = PaliGemma(config)
+
+    def refuse_too_large(config: PaliGemmaConfig) -> None:
+        name = "The embedded checkpoint" if source is None else str(source)
+        check_fits(name, empty_model(config), wanted or smallest_dtype(device), device, total_memory(device))
+
+    folder = find_folder(source, progress, refuse_too_large)
+    folder, npz = (
+        (folder.parent, folder.name) if folder.is_file() else (folder, find_npz(str(folder), os.listdir(folder)))
+    )
+    config = BigVisionFile(folder / npz).config if npz else PaliGemmaConfig.from_file(folder / CONFIG_FILE)
+    refuse_too_large(config)
+    processor = Processor.from_file(config, find_tokenizer(folder if tokenizer is None else Path(tokenizer)))
+    tensors = find_tensors([folder / npz] if npz else weight_files(folder))
+    config, tensors = resolve_output_layer(processor.config, tensors)
+    model = empty_model(config)
     check_tensors(model, tensors, folder)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    dtype = dtype or choose_dtype(device, parameters)
-    make_room(parameters * dtype.itemsize)
+    weight_dtype = wanted or choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
+    make_room(weight_bytes(model, weight_dtype))
     with explained_lack_of_memory(device):
-        if dtype == torch.int8:
+        if weight_dtype == torch.int8:
             load_int8_weights(model, tensors, progress)
         else:
-            load_weights(model, tensors, dtype, device, progress)
+            load_weights(model, tensors, weight_dtype, device, progress)
     keep_freed_memory()
     vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
     if compile:
@@ -81,8 +96,17 @@ def load(
     return vlm
 
 
-def find_folder(source: str | os.PathLike | None, progress: Progress = ignore) -> Path:
-    """The folder that holds a checkpoint's files, fetched from the Hub if need be.
+def find_folder(
+    source: str | os.PathLike | None,
+    progress: Progress = ignore,
+    check: Callable[[PaliGemmaConfig], object] = ignore,
+) -> Path:
+    """The folder that holds a checkpoint's files, or its `.npz` file; fetched from the Hub if need be.
+
+    Args:
+        source: as for `load`.
+        progress: see `Progress`.
+        check: called with the config before weights are fetched, to refuse it.
 
     Raises:
         PaliGemmaError: there is no such folder, the Hub does not give it, or it is of a format that cannot be read.
@@ -94,10 +118,28 @@ def find_folder(source: str | os.PathLike | None, progress: Progress = ignore) -
         if folder.is_dir():
             check_format(str(folder), folder, os.listdir(folder))
             return folder
+        if folder.is_file() and folder.suffix == ".npz":
+            return folder
+    if folder.suffix == ".npz":
+        raise PaliGemmaError(f"There is no file {folder}; please check its path.")
     repository, _, revision = str(source).strip().partition("@")
     if folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") != 1:
         raise PaliGemmaError(f"There is no folder {source}; please give a folder or a Hub id such as owner/name.")
-    return download(repository, revision or None, progress)
+    return download(repository, revision or None, progress, check)
+
+
+def find_tokenizer(place: Path) -> Path:
+    """The `tokenizer.json` at a path: the file itself, or in a folder."""
+    place = place.expanduser()
+    if not place.is_dir():
+        return place
+    file = place / "tokenizer.json"
+    if not file.exists() and any(file.suffix in (".npz", ".model") for file in place.iterdir()):
+        raise PaliGemmaError(
+            f"{place} has no tokenizer.json, and a SentencePiece model cannot stand in for it; please copy the file from "
+            "google/paligemma-3b-pt-224 there, or give its path as the tokenizer."
+        )
+    return file
 
 
 def find_mask_decoder(folder: Path) -> MaskDecoder | None:
@@ -106,6 +148,12 @@ def find_mask_decoder(folder: Path) -> MaskDecoder | None:
         if (folder / name).exists():
             return MaskDecoder.load(folder / name)
     return None
+
+
+def empty_model(config: PaliGemmaConfig) -> PaliGemma:
+    """A model on `meta`: shapes without numbers."""
+    with torch.device("meta"), WithoutInitialization():
+        return PaliGemma(config)
 
 
 class WithoutInitialization(TorchFunctionMode):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..model import PaliGemma
+from .big_vision import BigVisionFile
 from .formats import INDEX_FILE, SINGLE_FILE, foreign_tensors
 
 EMBEDDING = "language_model.embed_tokens.weight"
@@ -154,8 +155,10 @@ def set_by_name(model: PaliGemma, name: str, value: nn.Parameter | nn.Module) ->
     setattr(model.get_submodule(owner), attribute, value)
 
 
-def open_file(file: Path) -> safe_open:
-    """A safetensors file, mapped into memory; raises PaliGemmaError if it is damaged."""
+def open_file(file: Path) -> safe_open | BigVisionFile:
+    """A safetensors or an npz file, of which nothing is read yet; raises PaliGemmaError if it is damaged."""
+    if file.suffix == ".npz":
+        return BigVisionFile(file)
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import sys
 import time
 
 import huggingface_hub
 import pytest
 import torch
+from big_vision_files import big_vision_arrays, save_npz
 from hub_server import BAD_TOKEN, HubServer, commit_of
 from huggingface_hub.utils import _http
 from PIL import Image
@@ -125,6 +127,22 @@ def test_only_the_files_that_loading_needs_are_fetched(hub, small, tmp_path):
     assert not any("original" in path for _, path, _ in hub.requests)
 
 
+def test_a_checkpoint_that_cannot_fit_is_refused_before_its_weights_are_fetched(hub, small, monkeypatch):
+    hub.add(NAME, small)
+    monkeypatch.setattr(sys.modules["paligemma.checkpoints.load"], "total_memory", lambda device: 1000)
+    assert f"{NAME} has 0.0 billion parameters, which in float32 take" in refusal()
+    assert hub.fetched() <= {"config.json"}
+
+
+def test_a_checkpoint_of_big_vision_is_fetched_and_read(hub, small, tmp_path):
+    folder = tmp_path / "repository"
+    save_npz(folder / "paligemma-3b-pt-224.bf16.npz", big_vision_arrays(load(small).model))
+    hub.add(NAME, folder)
+    assert "please copy the file from google/paligemma-3b-pt-224 there, or give its path" in refusal()
+    assert is_small(load(tokenizer=small))
+    assert hub.fetched() == {"paligemma-3b-pt-224.bf16.npz"}
+
+
 @pytest.mark.parametrize(
     "shard",
     [
@@ -175,14 +193,7 @@ def test_index_that_leaves_its_folder_is_refused(hub, small, tmp_path):
             "holds a LoRA adapter for google/base, and no whole",
         ),
         (["pytorch_model.bin"], {}, "holds its weights only in pickled form (pytorch_model.bin)"),
-        (["model.fp16.safetensors"], {}, "holds only a variant of its weights (model.fp16.safetensors)"),
-        (
-            ["model-00001-of-00002.safetensors"],
-            {},
-            f"holds shards (model-00001-of-00002.safetensors), but no {INDEX_FILE}",
-        ),
         (["model.safetensors"], {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantized for gptq"),
-        (["model.safetensors"], {"quantization": {"bits": 4}}, "holds weights quantized for MLX"),
     ],
 )
 def test_formats_of_other_programs_are_named_before_anything_large_is_fetched(hub, tmp_path, names, config, expected):

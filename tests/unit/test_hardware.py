@@ -92,6 +92,7 @@ def test_nothing_is_said_where_there_is_no_gpu_or_it_is_hidden_on_purpose(tmp_pa
 @pytest.mark.parametrize(
     ("device", "parameters", "available", "bfloat16", "faster", "expected"),
     [
+        ("cpu", 9_000_000_000, True, True, False, torch.int8),
         ("cuda", 5_000_000, True, False, True, torch.bfloat16),
         ("cuda", 3_000_000_000, True, False, True, torch.bfloat16),
         ("cpu", 5_000_000, True, True, True, torch.float32),
@@ -102,6 +103,7 @@ def test_nothing_is_said_where_there_is_no_gpu_or_it_is_hidden_on_purpose(tmp_pa
     ],
 )
 def test_auto_takes_what_suits_device_and_size(device, parameters, available, bfloat16, faster, expected, monkeypatch):
+    monkeypatch.setattr(hardware, "total_memory", lambda _: 16 * 10**9)
     monkeypatch.setattr(hardware, "int8_is_available", lambda: available)
     monkeypatch.setattr(hardware, "int8_is_faster", lambda: faster)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
@@ -165,17 +167,18 @@ def test_without_cgroups_all_cores_are_used(machine):
 
 
 @pytest.mark.parametrize(
-    ("groups", "files", "expected"),
+    ("groups", "files", "free", "total"),
     [
-        ("9:cpuset:/", {}, 5000 * 1024),
-        ("0::/", {"memory.max": "max", "memory.current": "1024"}, 5000 * 1024),
-        ("0::/", {"memory.max": "4096", "memory.current": "1024"}, 3072),
+        ("9:cpuset:/", {}, 5000 * 1024, 9000 * 1024),
+        ("0::/", {"memory.max": "max", "memory.current": "1024"}, 5000 * 1024, 9000 * 1024),
+        ("0::/", {"memory.max": "4096", "memory.current": "1024"}, 3072, 4096),
         (
             "0::/a",
             {"a/memory.max": "4096", "a/memory.current": "1024", "a/memory.stat": "anon 10\ninactive_file 512"},
             3584,
+            4096,
         ),
-        ("0::/a", {"a/memory.max": "max", "memory.max": "4096", "memory.current": "1024"}, 3072),
+        ("0::/a", {"a/memory.max": "max", "memory.max": "4096", "memory.current": "1024"}, 3072, 4096),
         (
             "4:memory:/x",
             {
@@ -184,12 +187,14 @@ def test_without_cgroups_all_cores_are_used(machine):
                 "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 256",
             },
             3328,
+            4096,
         ),
     ],
 )
-def test_free_memory_is_that_of_the_machine_or_of_its_container(machine, groups, files, expected):
+def test_memory_is_that_of_the_machine_or_of_its_container(machine, groups, files, free, total):
     machine(groups, {**files, "../proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB"})
-    assert hardware.available_memory() == expected
+    assert hardware.available_memory() == free
+    assert hardware.total_memory(torch.device("cpu")) == total
 
 
 def test_loading_takes_no_more_threads_than_there_are_cores_also_to_measure_dtypes(machine, monkeypatch):

@@ -1,0 +1,79 @@
+"""How much memory a checkpoint takes, from its sizes alone: before a weight is read, or even downloaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..config import PaliGemmaError
+from ..hardware import smallest_dtype
+from ..model import PaliGemma
+from .weights import EMBEDDING
+
+# What is there besides the tensors: Python, torch and its libraries, the page; on a GPU the context of CUDA.
+RUNTIME_BYTES = 10**9
+# Prompt and answer, beside the image: the page's longest answer and a long question.
+TEXT_POSITIONS = 512
+
+
+def weight_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
+    """Bytes of the parameters of a model, which may be on `meta`, in this dtype.
+
+    In int8 the matrices of linear layers and the token embedding take one byte a number and four for the scale of each
+    row; all other parameters are float32.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if dtype != torch.int8:
+        return total * dtype.itemsize
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    matrices.append(model.get_parameter(EMBEDDING))
+    rounded, rows = sum(matrix.numel() for matrix in matrices), sum(len(matrix) for matrix in matrices)
+    return rounded + 4 * (rows + total - rounded)
+
+
+def running_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
+    """Bytes that it takes to answer one request at a time with a model, which may be on `meta`, in this dtype.
+
+    Counted are the weights; keys and values of the image and 512 more positions, and the widest layer's activations
+    for as many, gate, up and their product, in the dtype of the activations, which for int8 is float32; and a gigabyte
+    for all else. Each further request at the same time takes another cache.
+    """
+    text = model.config.text
+    positions = model.config.vision.num_patches + TEXT_POSITIONS
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    number = 4 if dtype == torch.int8 else dtype.itemsize
+    return weight_bytes(model, dtype) + positions * (cached + 3 * text.intermediate_size) * number + RUNTIME_BYTES
+
+
+def check_fits(name: str, model: PaliGemma, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+    """Refuse a checkpoint whose weights alone are larger than the memory.
+
+    Args:
+        name: of the checkpoint.
+        model: built from its config, and may be on `meta`.
+        dtype: of the weights.
+        device: where they are to be.
+        capacity: bytes of memory that the device has, taken or not.
+
+    Raises:
+        PaliGemmaError: it does not fit; the sentence has the sizes, and the dtypes in which it would.
+    """
+    needed = weight_bytes(model, dtype)
+    if needed <= capacity:
+        return
+    fitting = [
+        f"the dtype {dtype_name(other)} ({size / 1e9:.1f} GB)"
+        for other in dict.fromkeys((torch.bfloat16, smallest_dtype(device)))
+        if (size := weight_bytes(model, other)) <= capacity
+    ]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    raise PaliGemmaError(
+        f"{name} has {parameters / 1e9:.1f} billion parameters, which in {dtype_name(dtype)} take {needed / 1e9:.1f} GB, but "
+        f"{device} has {capacity / 1e9:.1f} GB of memory; please choose {', '.join([*fitting, 'a smaller checkpoint'])} "
+        "or a larger machine."
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is given to `load`: bfloat16."""
+    return str(dtype).removeprefix("torch.")
