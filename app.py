@@ -35,7 +35,7 @@ from paligemma.prompts import ENGLISH, LANGUAGES, TASKS
 
 TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
-MAX_QUEUE_LENGTH = 100  # who wait while one is answered
+MAX_QUEUE_LENGTH = 100
 FILES_KEPT_SECONDS = 3600
 LAST_ANSWERS_SECONDS = 60  # for what streams when the server is asked to end
 
@@ -67,7 +67,7 @@ MAKE_LINK = f"""(...values) => {{
 }}"""
 DOWNLOAD = "() => setTimeout(() => document.querySelector('#file').click(), 200)"
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-IN_TURN: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # first come, first served
+TOGETHER: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 16}  # who comes later waits in a queue
 
 
 def build_page(models: Models) -> gr.Blocks:
@@ -173,7 +173,7 @@ def build_page(models: Models) -> gr.Blocks:
             preprocess=False,
             api_visibility="private",
             show_progress_on=answers,  # the place in the queue shows where the answer will be
-            **IN_TURN,
+            **TOGETHER,
         )
         stop.click(None, cancels=[running], api_visibility="private")
         draw.click(handlers.draw_scene, None, image, **AT_ONCE)
@@ -240,7 +240,7 @@ def _add_endpoints(models: Models, prompt: gr.Textbox, settings: list[Component]
         (handlers.detect, [image, kinds], [marked, objects]),
         (handlers.segment, [image, kinds], [marked, objects]),
     ):
-        call.click(_event(handler, models), inputs, outputs, preprocess=False, api_name=handler.__name__, **IN_TURN)
+        call.click(_event(handler, models), inputs, outputs, preprocess=False, api_name=handler.__name__, **TOGETHER)
 
 
 def _event(handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str) -> Callable:

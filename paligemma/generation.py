@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypedDict, Unpack
@@ -11,6 +11,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .config import PaliGemmaConfig, PaliGemmaError
 from .engine import Engine
@@ -58,22 +59,24 @@ class Answer:
 
     def __init__(self, engine: Engine, sequence: TokenSequence, text: TextStream):
         self._engine, self._sequence, self._text = engine, sequence, text
-        self._tokens: Iterator[tuple[TokenSequence, tuple[int, float]]] | None = None
+        self._events: Iterator[tuple[TokenSequence, tuple[int, float] | None]] | None = None
 
     def __iter__(self) -> Answer:
         return self
 
     def __next__(self) -> Token:
-        if self._tokens is None:
+        if self._events is None:
             self._engine.submit(self._sequence)
-            self._tokens = read(self._sequence.events, 1)
-        _, (token_id, probability) = next(self._tokens)
-        return Token(token_id, self._text.push(token_id), probability)
+            self._events = read(self._sequence.events, 1)
+        _, event = next(self._events)
+        if event is None:
+            raise StopIteration
+        return _token(event, self._text)
 
     def close(self) -> None:
         """Free its place; there are no more tokens."""
         self._sequence.close()
-        self._tokens = iter(())
+        self._events = iter(())
 
     def __del__(self) -> None:
         self.close()
@@ -128,21 +131,15 @@ class VisionLanguageModel:
         Raises:
             PaliGemmaError: at the call, not at the first token, if an argument cannot be used.
         """
-        sequence = self._sequence(
-            image,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        sequence = self._sequence(image, {}, SimpleQueue(), prompt, max_new_tokens, temperature, top_k, top_p, seed)
         return Answer(self.engine, sequence, self.processor.text_stream())
 
     def stream_batch(
         self, images: Sequence[ImageSource], prompts: Sequence[str], **settings: Unpack[Settings]
-    ) -> Iterator[tuple[int, Token]]:
-        """Answer prompts together: yield each token with its prompt's number, as they come; all are checked at the call.
+    ) -> Generator[tuple[int, Token | None], None, None]:
+        """Answer prompts together: yield each token with its prompt's number, as they come, and None where an answer ends.
+
+        All arguments are checked at the call. Closing the iterator ends the work.
 
         Raises:
             PaliGemmaError: as `stream`, or there are not as many images as prompts.
@@ -152,7 +149,8 @@ class VisionLanguageModel:
                 f"There are {len(images)} images for {len(prompts)} prompts; please give one for each."
             )
         events: Events = SimpleQueue()
-        sequences = [self._sequence(image, prompt, events=events, **settings) for image, prompt in zip(images, prompts)]
+        seen: dict[int, Tensor] = {}
+        sequences = [self._sequence(image, seen, events, prompt, **settings) for image, prompt in zip(images, prompts)]
         return self._read_batch(events, sequences)
 
     def generate(self, image: ImageSource, prompt: str, **settings: Unpack[Settings]) -> str:
@@ -165,7 +163,7 @@ class VisionLanguageModel:
         """The whole answers of prompts that are answered together; arguments and errors as for `stream_batch`."""
         texts = [""] * len(prompts)
         for number, token in self.stream_batch(images, prompts, **settings):
-            texts[number] += token.text
+            texts[number] += token.text if token else ""
         return texts
 
     @torch.inference_mode()
@@ -179,14 +177,16 @@ class VisionLanguageModel:
             return None
         return self.mask_decoder(torch.tensor([list(codes)]))[0].numpy()
 
-    def _read_batch(self, events: Events, sequences: list[TokenSequence]) -> Iterator[tuple[int, Token]]:
+    def _read_batch(
+        self, events: Events, sequences: list[TokenSequence]
+    ) -> Generator[tuple[int, Token | None], None, None]:
         texts = {sequence: (number, self.processor.text_stream()) for number, sequence in enumerate(sequences)}
         try:
             for sequence in sequences:
                 self.engine.submit(sequence)
-            for sequence, (token_id, probability) in read(events, len(sequences)):
+            for sequence, event in read(events, len(sequences)):
                 number, text = texts[sequence]
-                yield number, Token(token_id, text.push(token_id), probability)
+                yield number, None if event is None else _token(event, text)
         finally:
             for sequence in sequences:
                 sequence.close()
@@ -194,15 +194,16 @@ class VisionLanguageModel:
     def _sequence(
         self,
         image: ImageSource,
+        seen: dict[int, Tensor],
+        events: Events,
         prompt: str,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
-        events: Events | None = None,
     ) -> TokenSequence:
-        """What the engine takes, from the arguments of `stream`, which are checked."""
+        """What the engine takes, from the arguments of `stream`, which are checked; `seen` holds images' pixel values."""
         sampler = Sampler(temperature, top_k, top_p)
         input_ids = self.processor.input_ids(prompt)
         longest = self.config.text.max_position_embeddings - len(input_ids)
@@ -211,14 +212,19 @@ class VisionLanguageModel:
                 f"max_new_tokens is {shorten(max_new_tokens)}; after this prompt please give a whole number "
                 f"from 1 to {longest}."
             )
+        generator = self._generator(seed)
+        if id(image) not in seen:
+            seen[id(image)] = self._pixel_values(image)
+        return TokenSequence(seen[id(image)], input_ids, int(max_new_tokens), sampler, generator, events)
+
+    def _pixel_values(self, image: ImageSource) -> Tensor:
         if isinstance(image, (str, os.PathLike)):
             image = open_image(image)
         if not isinstance(image, Image.Image):
             raise PaliGemmaError(
                 f"The picture is of type {type(image).__name__}; please give a Pillow picture or a path."
             )
-        pixel_values = self.processor.pixel_values(image)
-        return TokenSequence(pixel_values, input_ids, int(max_new_tokens), sampler, self._generator(seed), events)
+        return self.processor.pixel_values(image)
 
     def _generator(self, seed: int | None) -> torch.Generator:
         generator = torch.Generator(self.device)
@@ -230,3 +236,8 @@ class VisionLanguageModel:
                 f"seed is {shorten(seed)}; please give none or a whole number from 0 to {MAX_SEED - 1}."
             )
         return generator.manual_seed(int(seed))
+
+
+def _token(chosen: tuple[int, float], text: TextStream) -> Token:
+    token_id, probability = chosen
+    return Token(token_id, text.push(token_id), probability)

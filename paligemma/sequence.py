@@ -28,7 +28,7 @@ class TokenSequence:
         input_ids: the image placeholders first.
         max_new_tokens: how many tokens there are at most; a token that ends the answer is none of them.
         sampler, generator: how they are chosen; the generator is on the model's device.
-        events: where its tokens go to, if several sequences are read together.
+        events: where its tokens go to; several sequences that are read together share them.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class TokenSequence:
         max_new_tokens: int,
         sampler: Sampler,
         generator: torch.Generator,
-        events: Events | None = None,
+        events: Events,
     ):
         self.pixel_values, self.input_ids, self.max_new_tokens = pixel_values, input_ids, max_new_tokens
         self.sampler, self.generator = sampler, generator
-        self.events: Events = SimpleQueue() if events is None else events
+        self.events = events
         self.engine: Engine | None = None
         self.length = len(input_ids)  # positions that are in the cache
         self.capacity = len(input_ids) + max_new_tokens - 1  # at most; the last token is never read
@@ -69,8 +69,8 @@ class TokenSequence:
         return self.written - self.read_count >= MAX_AHEAD
 
 
-def read(events: Events, count: int) -> Iterator[tuple[TokenSequence, tuple[int, float]]]:
-    """Yield the tokens of `count` sequences that were made with the same `events`, as they come.
+def read(events: Events, count: int) -> Iterator[tuple[TokenSequence, tuple[int, float] | None]]:
+    """Yield the tokens of `count` sequences that were made with the same `events`, as they come, and None at each end.
 
     Raises:
         PaliGemmaError: one of the sequences failed; the others go on until they are closed.
@@ -82,7 +82,5 @@ def read(events: Events, count: int) -> Iterator[tuple[TokenSequence, tuple[int,
             sequence.engine.wake()  # it was too far ahead
         if isinstance(event, BaseException):
             raise event
-        if event is None:
-            count -= 1
-        else:
-            yield sequence, event
+        count -= event is None
+        yield sequence, event

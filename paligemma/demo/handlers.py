@@ -103,7 +103,7 @@ def run(
             continue
         step = {
             "answers": rendering.answers_html(answers, objects, EMPTY_ANSWER),
-            "speed": _speed(answers[-1]) if answers else "Looking at the picture …",
+            "speed": _speed(answers),
         }
         if objects is not drawn:
             drawn = objects
@@ -379,13 +379,14 @@ def _figure(record: Record, objects: Sequence[rendering.MarkedObject]) -> str:
     return rendering.figure_html(record["url"], record["size"], objects) if objects else ""
 
 
-def _speed(answer: Answer) -> str:
-    """Time to first token, and tokens per second after it."""
-    if not answer.times:
-        return ""
-    line = f"First token after {answer.seconds_to_first_token:.2f} s"
-    if answer.tokens_per_second:
-        line += f" · {answer.tokens_per_second:.1f} tokens/s · {len(answer.times)} tokens"
+def _speed(answers: Sequence[Answer]) -> str:
+    """Time to first token, and tokens per second after it, of all prompts together."""
+    times = sorted(seconds for answer in answers for seconds in answer.times)
+    if not times:
+        return "Looking at the picture …"
+    line = f"First token after {times[0]:.2f} s"
+    if len(times) > 1:
+        line += f" · {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s · {len(times)} tokens"
     return line
 
 

@@ -280,7 +280,7 @@ class Answer:
 def answer_prompts(
     vlm: VisionLanguageModel, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
 ) -> Iterator[list[Answer]]:
-    """Answer one prompt after another about one image, whose features are computed once.
+    """Answer prompts about one image together; its features are computed once.
 
     All prompts are checked before the first is answered. One line a prompt is logged: what was done and how fast, never
     what was asked or shown.
@@ -289,29 +289,30 @@ def answer_prompts(
         settings: as for `VisionLanguageModel.stream`.
 
     Yields:
-        the answers so far, the last of them growing; at first none.
+        the answers so far.
     """
-    streams = [vlm.stream(image, prompt, **settings) for prompt in prompts]
-    answers: list[Answer] = []
-    yield answers
-    for prompt, tokens in zip(prompts, streams):
-        answer, start, outcome = Answer(prompt), time.perf_counter(), "stopped"
-        answers.append(answer)
-        try:
-            for token in tokens:
+    tokens = vlm.stream_batch([image] * len(prompts), prompts, **settings)
+    answers = [Answer(prompt) for prompt in prompts]
+    start, outcome = time.perf_counter(), "stopped"
+    try:
+        yield answers
+        for number, token in tokens:
+            answer = answers[number]
+            if token is None:
+                answer.annotated.finish()
+                answer.is_finished = True
+            else:
                 answer.times.append(time.perf_counter() - start)
                 answer.text += token.text
                 answer.annotated.push(token.text)
-                yield answers
-            answer.annotated.finish()
-            answer.is_finished = True
-            outcome = "finished"
             yield answers
-        except Exception:
-            outcome = "failed"
-            raise
-        finally:
-            _log(answer, image, outcome)
+    except Exception:
+        outcome = "failed"
+        raise
+    finally:
+        tokens.close()
+        for answer in answers:
+            _log(answer, image, "finished" if answer.is_finished else outcome)
 
 
 def _log(answer: Answer, image: Image.Image, outcome: str) -> None:
