@@ -36,7 +36,7 @@ from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Answer, Models, ans
 from paligemma.prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 
 if TYPE_CHECKING:
-    from paligemma.training.scenes import Painter
+    from paligemma.scenes.painter import Painter
 
 TITLE = "PaliGemma"
 TAGLINE = "Give it a picture and a prompt, and watch the answer arrive."
@@ -490,10 +490,10 @@ def _on_zero_gpu(answer: Callable) -> Callable:
 
 @cache
 def _painter() -> Painter:
-    from paligemma.training.artwork import SHEET_FONT, load_sheet
-    from paligemma.training.scenes import Painter
+    from paligemma.scenes.artwork import load_sheet
+    from paligemma.scenes.painter import Painter
 
-    return Painter(load_sheet(), [SHEET_FONT], restyled=0.0)
+    return Painter(load_sheet())
 
 
 def _draw_scene() -> Image.Image:
