@@ -1,13 +1,28 @@
-"""What a checkpoint says about itself, read from its `config.json`, and the one error that callers can act on."""
+"""Sizes and token ids of a checkpoint, read from its `config.json`, and the one error that callers can act on."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-# Two names of one function, the tanh approximation of GELU; older official configs say plain "gelu" and mean it too.
-GELU_TANH_NAMES = {"gelu_pytorch_tanh", "gelu_fast", "gelu"}
+# The vocabulary of places (arXiv 2407.07726, section 3.2): a box is four locations, each in 1024ths of the image's
+# height or width; a mask inside it is 16 codes out of a codebook of 128.
+LOCS_PER_BOX, LOC_STEPS = 4, 1024
+CODES_PER_MASK, CODEBOOK_SIZE = 16, 128
+LOC_TOKENS = tuple(f"<loc{step:04d}>" for step in range(LOC_STEPS))
+SEG_TOKENS = tuple(f"<seg{code:03d}>" for code in range(CODEBOOK_SIZE))
+
+GELU, GELU_TANH = "gelu", "gelu_pytorch_tanh"
+# All but the first are names of the tanh approximation. In Gemma the first is too, as older official files write it;
+# in SigLIP it is the exact function. So transformers reads them.
+ACTIVATIONS = (GELU, GELU_TANH, "gelu_fast", "gelu_new", "gelu_accurate")
+
+
+MAX_NUMBER = 2**31  # no size is larger, and tensors could not have it
 
 
 class PaliGemmaError(Exception):
@@ -25,6 +40,7 @@ class VisionConfig:
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 14
+    hidden_act: str = GELU_TANH  # or GELU
     layer_norm_eps: float = 1e-6
 
     @property
@@ -36,6 +52,7 @@ class VisionConfig:
 class TextConfig:
     """Sizes of the Gemma decoder. The defaults are those of Gemma 2B as PaliGemma uses it."""
 
+    model_type: str = "gemma"
     vocab_size: int = 257216
     hidden_size: int = 2048
     intermediate_size: int = 16384
@@ -46,6 +63,22 @@ class TextConfig:
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+
+
+# What the sections of a config.json leave out: the defaults of transformers' classes, which write only what differs.
+LEFT_OUT_VISION = VisionConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16
+)
+LEFT_OUT_TEXT = {
+    "gemma": TextConfig(
+        vocab_size=256000,
+        hidden_size=3072,
+        intermediate_size=24576,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -65,62 +98,65 @@ class PaliGemmaConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> PaliGemmaConfig:
-        """Read a `config.json` in the official layout.
+        """Read a `config.json` in the official layout, and the end tokens of a `generation_config.json` beside it.
 
         Raises:
-            PaliGemmaError: the file is missing, is not JSON, or describes a model that this package does not run.
+            PaliGemmaError: a file is missing, is not JSON, or describes a model that this package does not run.
         """
         path = Path(path)
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise PaliGemmaError(
-                f"{path} cannot be read ({error.strerror}): a checkpoint needs its config.json."
-            ) from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise PaliGemmaError(f"{path} is not a PaliGemma config.json: {error}.") from error
-        except PaliGemmaError as error:
-            raise PaliGemmaError(f"{path}: {error}") from error
+        values = _read_json(path)
+        with _named(path):
+            config = cls.from_dict(values)
+        generation = path.with_name("generation_config.json")
+        if generation.exists():
+            end = _read_json(generation).get("eos_token_id")
+            with _named(generation):
+                # Where both files name end tokens, transformers ends answers at those of this one.
+                ids = _token_ids("eos_token_id", end, config.text.vocab_size)
+            config = replace(config, eos_token_ids=ids or config.eos_token_ids)
+        return config
 
     @classmethod
-    def from_dict(cls, values: dict) -> PaliGemmaConfig:
-        """Build from the parsed `config.json`; what it leaves out has the official default."""
-        vision, text = values.get("vision_config") or {}, values.get("text_config") or {}
-        _require(values.get("model_type"), {"paligemma"}, "model_type")
-        _require(text.get("model_type", "gemma"), {"gemma"}, "text_config.model_type")
-        _require(vision.get("model_type", "siglip_vision_model"), {"siglip_vision_model"}, "vision_config.model_type")
-        _require(vision.get("hidden_act", "gelu_pytorch_tanh"), GELU_TANH_NAMES, "vision_config.hidden_act")
-        activation = text.get("hidden_activation") or text.get("hidden_act") or "gelu_pytorch_tanh"
-        _require(activation, GELU_TANH_NAMES, "text_config.hidden_act")
-        _require(bool(text.get("attention_bias")), {False}, "text_config.attention_bias")
+    def from_dict(cls, values: dict[str, Any]) -> PaliGemmaConfig:
+        """Build from a parsed `config.json`; what it leaves out has the value that transformers gives it.
 
-        # transformers 5 moved the rotary base into a dictionary of its own.
-        rope = text.get("rope_parameters") or {}
-        _require(rope.get("rope_type", "default"), {"default"}, "text_config.rope_parameters.rope_type")
-        text = {"rope_theta": rope.get("rope_theta", 10000.0), **text}
+        Raises:
+            PaliGemmaError: it is damaged, or describes a model that this package does not run.
+        """
+        _require(values.get("model_type"), ("paligemma",), "model_type")
+        text_values = _section(values, "text_config")
+        text = _text_config(text_values)
 
-        eos = values.get("eos_token_id") or text.get("eos_token_id") or 1
+        def given(name: str) -> list[object]:
+            return [values.get(name), text_values.get(name)]
+
+        # The placeholder is never embedded: in older checkpoints its id comes right after the last row.
+        image_token_ids = [values.get("image_token_index"), values.get("image_token_id")]
+        eos_token_ids = (_token_ids("eos_token_id", value, text.vocab_size) for value in given("eos_token_id"))
         config = cls(
-            vision=VisionConfig(**_known_fields(VisionConfig, vision)),
-            text=TextConfig(**_known_fields(TextConfig, text)),
-            image_token_id=values.get("image_token_index", values.get("image_token_id", 257152)),
-            pad_token_id=_first_given(values.get("pad_token_id"), text.get("pad_token_id"), 0),
-            bos_token_id=_first_given(values.get("bos_token_id"), text.get("bos_token_id"), 2),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            vision=_vision_config(_section(values, "vision_config")),
+            text=text,
+            image_token_id=_first_token_id("image_token_index", image_token_ids, text.vocab_size + 1, default=257152),
+            pad_token_id=_first_token_id("pad_token_id", given("pad_token_id"), text.vocab_size, default=0),
+            bos_token_id=_first_token_id("bos_token_id", given("bos_token_id"), text.vocab_size, default=2),
+            eos_token_ids=next(filter(None, eos_token_ids), (1,)),
             tie_word_embeddings=values.get("tie_word_embeddings") is not False,
         )
         config._check_sizes()
         return config
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The official layout of `config.json`, which `from_dict` reads."""
-        text = {"model_type": "gemma", "hidden_activation": "gelu_pytorch_tanh", **asdict(self.text)}
         vision = {"model_type": "siglip_vision_model", "vision_use_head": False, **asdict(self.vision)}
         return {
             "architectures": ["PaliGemmaForConditionalGeneration"],
             "model_type": "paligemma",
             "vision_config": {**vision, "projection_dim": self.text.hidden_size},
-            "text_config": {**text, "num_image_tokens": self.vision.num_patches},
+            "text_config": {
+                **asdict(self.text),
+                "hidden_activation": GELU_TANH,
+                "num_image_tokens": self.vision.num_patches,
+            },
             "hidden_size": self.text.hidden_size,
             "projection_dim": self.text.hidden_size,
             "image_token_index": self.image_token_id,
@@ -146,20 +182,106 @@ class PaliGemmaConfig:
             )
 
 
-def _known_fields(cls: type, values: dict) -> dict:
-    known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
-    for name, value in known.items():
-        kind = type(cls.__dataclass_fields__[name].default)
-        if kind in (int, float) and not (isinstance(value, (int, kind)) and value > 0):
-            raise PaliGemmaError(f"{name} is {value!r}, expected a number above zero; the config.json is damaged.")
-    return known
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with it."""
+    try:
+        yield
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{path}: {error}") from error
 
 
-def _first_given(*values: int | None) -> int:
-    return next(value for value in values if value is not None)
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PaliGemmaError(
+            f"{path} cannot be read ({error.strerror}): a checkpoint needs its config.json."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PaliGemmaError(f"{path} is not a PaliGemma {path.name}: {error}.") from error
+    if not isinstance(values, dict):
+        raise PaliGemmaError(f"{path} is not a PaliGemma {path.name}: it is no dictionary.")
+    return values
 
 
-def _require(value: object, allowed: set, name: str) -> None:
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    if not isinstance(section, dict):
+        raise PaliGemmaError(f"{name} is {section!r}, expected a dictionary; the config.json is damaged.")
+    return section
+
+
+def _vision_config(values: dict[str, Any]) -> VisionConfig:
+    _require(values.get("model_type", "siglip_vision_model"), ("siglip_vision_model",), "vision_config.model_type")
+    _require(values.get("num_channels") or 3, (3,), "vision_config.num_channels")
+    activation = values.get("hidden_act") or GELU_TANH
+    _require(activation, ACTIVATIONS, "vision_config.hidden_act")
+    hidden_act = GELU if activation == GELU else GELU_TANH
+    return replace(LEFT_OUT_VISION, hidden_act=hidden_act, **_numbers(LEFT_OUT_VISION, values))
+
+
+def _text_config(values: dict[str, Any]) -> TextConfig:
+    model_type = values.get("model_type", "gemma")
+    _require(model_type, tuple(LEFT_OUT_TEXT), "text_config.model_type")
+    for name in ("hidden_act", "hidden_activation"):
+        _require(values.get(name) or GELU_TANH, ACTIVATIONS, f"text_config.{name}")
+    _require(bool(values.get("attention_bias")), (False,), "text_config.attention_bias")
+    left_out = LEFT_OUT_TEXT[model_type]
+    return replace(left_out, **_numbers(left_out, {**values, "rope_theta": _rope_theta(values)}))
+
+
+def _rope_theta(values: dict[str, Any]) -> object:
+    """The base of the rotary positions: transformers 5 keeps it in a dictionary, which goes before the older key."""
+    bases = [values.get("rope_theta")]
+    for name in ("rope_parameters", "rope_scaling"):
+        if values.get(name) is not None:
+            rope = _section(values, name)
+            _require(rope.get("rope_type", rope.get("type", "default")), ("default",), f"text_config.{name}.rope_type")
+            bases.insert(0, rope.get("rope_theta"))
+    return next((base for base in bases if base is not None), None)
+
+
+def _numbers(defaults: VisionConfig | TextConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The sizes among `values`: what the dataclass holds, but for names."""
+    numbers = {}
+    for name, default in asdict(defaults).items():
+        value = values.get(name)
+        if value is None or isinstance(default, str):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, type(default))) or not 0 < value < MAX_NUMBER:
+            raise PaliGemmaError(
+                f"{name} is {value!r}, expected a number above zero and below {MAX_NUMBER}; the config.json is damaged."
+            )
+        numbers[name] = value
+    return numbers
+
+
+def _token_ids(name: str, value: object, end: int) -> tuple[int, ...]:
+    """A token's id below `end`, or a list of them; none at all where there is none, for which -1 stands too."""
+    ids = []
+    for one in value if isinstance(value, list) else [value]:
+        if one is None or one == -1:
+            continue
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < end:
+            raise PaliGemmaError(
+                f"{name} is {one!r}, expected a whole number below {end}, the vocab_size; the file is damaged."
+            )
+        ids.append(one)
+    return tuple(ids)
+
+
+def _first_token_id(name: str, values: Iterable[object], end: int, default: int) -> int:
+    """The first of `values` that is an id, see `_token_ids`."""
+    for value in values:
+        if isinstance(value, list):
+            raise PaliGemmaError(f"{name} is {value}, expected one whole number; the config.json is damaged.")
+        if ids := _token_ids(name, value, end):
+            return ids[0]
+    return default
+
+
+def _require(value: object, allowed: Sequence[object], name: str) -> None:
     if value not in allowed:
-        expected = " or ".join(repr(choice) for choice in sorted(allowed))
+        expected = " or ".join(map(repr, allowed))
         raise PaliGemmaError(f"{name} is {value!r}, but this package runs only {expected}; pick another checkpoint.")

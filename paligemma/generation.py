@@ -1,8 +1,9 @@
-"""The loop: prefill once, decode step by step, one `Token` at a time."""
+"""`VisionLanguageModel`: prefill once, decode step by step, one `Token` at a time."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -17,17 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from .config import PaliGemmaConfig, PaliGemmaError
-from .kv_cache import KVCache, StaticKVCache
+from .images import open_image
+from .kv_cache import KVCache
 from .mask_decoder import MaskDecoder
 from .model import PaliGemma
-from .processor import Processor, open_image
-from .sampling import Sampler, is_number
+from .processor import Processor, TextStream
+from .sampling import Sampler, is_number, shorten
 
 MAX_SEED = 2**63
-# A 3B checkpoint has 2 MB of features for a picture of 224 pixels, in float32.
+# A 3B checkpoint has 2 MB of features for an image of 224 pixels, in float32.
 MAX_FEATURE_BYTES = 64 * 2**20
-# Room of the caches for compiled steps: each length of them is compiled anew.
-STATIC_LENGTH = 512
+# The smallest capacity of a cache for compiled steps. Each capacity is compiled once, so that there are few of them:
+# they double.
+COMPILED_CAPACITY = 512
 
 
 @contextmanager
@@ -57,8 +61,18 @@ class Token:
     probability: float
 
 
+class Settings(TypedDict, total=False):
+    """The settings of `VisionLanguageModel.stream`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+
+
 class FeatureCache:
-    """The features of the latest pictures, so that the next question about one starts without the eye."""
+    """The features of the latest images, so that the next prompt about one needs no run of the vision encoder."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
@@ -66,7 +80,7 @@ class FeatureCache:
         self._lock = Lock()
 
     def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` returns, or returned when this key was last given."""
+        """Return what `compute` returns, or returned when it was last called for this key."""
         with self._lock:
             features = self._features.pop(key, None)
         if features is None:
@@ -79,16 +93,15 @@ class FeatureCache:
 
 
 class VisionLanguageModel:
-    """A loaded checkpoint: ask it about pictures with `stream` or `generate`."""
+    """A loaded checkpoint, which answers prompts about images: `stream` and `generate`."""
 
     def __init__(self, model: PaliGemma, processor: Processor, mask_decoder: MaskDecoder | None = None):
         self.model = model.eval()
         self.processor = processor
         self.mask_decoder = mask_decoder
         self._features = FeatureCache(MAX_FEATURE_BYTES)
-        self._step = self.model.decode
-        self._is_compiled = False
-        self._free_caches: dict[int, list[StaticKVCache]] = {}  # by their length
+        self._compiled_step: Callable[[Tensor, KVCache], Tensor] | None = None
+        self._free_caches: dict[int, list[KVCache]] = {}  # for compiled steps, by their capacity
 
     @property
     def config(self) -> PaliGemmaConfig:
@@ -100,34 +113,33 @@ class VisionLanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the activations."""
+        """The dtype of the activations."""
         return self.model.language_model.norm.weight.dtype
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """That of the weights: int8, or the same."""
+        """The dtype of the weights: int8, or that of the activations."""
         return self.model.language_model.embed_tokens.weight.dtype
 
-    def compile(self, backend: str = "inductor") -> None:
+    def compile(self) -> None:
         """Compile the step that makes a token, as one graph; on CUDA it is replayed as a CUDA graph.
 
         The first answer then takes longer, while it is compiled.
-
-        Args:
-            backend: see `torch.compile`.
         """
-        mode = "reduce-overhead" if backend == "inductor" else None
-        compiled = torch.compile(self.model.decode, backend=backend, mode=mode, fullgraph=True, dynamic=False)
+
+        def decode(input_ids: Tensor, cache: KVCache) -> Tensor:
+            return self.model.decode(input_ids, cache, cache.capacity, cache.mask(len(input_ids), cache.capacity))
+
+        compiled = torch.compile(decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
         @torch.inference_mode()
-        def step(input_ids: Tensor, cache: StaticKVCache) -> Tensor:
+        def step(input_ids: Tensor, cache: KVCache) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             return compiled(input_ids, cache)
 
         # A CUDA graph belongs to the thread that recorded it, and each token may be asked for from another.
         thread = ThreadPoolExecutor(max_workers=1)
-        self._step = lambda *arguments: thread.submit(step, *arguments).result()
-        self._is_compiled = True
+        self._compiled_step = lambda input_ids, cache: thread.submit(step, input_ids, cache).result()
 
     def stream(
         self,
@@ -142,21 +154,22 @@ class VisionLanguageModel:
         """Answer token by token; closing the iterator ends the work within one token.
 
         Args:
-            image: a Pillow picture, or the path of a picture file.
+            image: a Pillow image, or the path of an image file.
             prompt: in the syntax that the checkpoint was trained on, such as `caption en`.
             max_new_tokens: the answer's longest length, if `<eos>` does not end it earlier.
             temperature, top_k, top_p: see `Sampler`; the defaults are greedy.
             seed: the same one gives the same text; None draws a new one.
 
         Raises:
-            PaliGemmaError: at the call, not at the first token, if something that was given cannot be used.
+            PaliGemmaError: at the call, not at the first token, if an argument cannot be used.
         """
         sampler = Sampler(temperature, top_k, top_p)
         input_ids = self.processor.input_ids(prompt)
-        room = self.config.text.max_position_embeddings - len(input_ids)
-        if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= room:
+        longest = self.config.text.max_position_embeddings - len(input_ids)
+        if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= longest:
             raise PaliGemmaError(
-                f"max_new_tokens is {max_new_tokens}; after this prompt please give a whole number from 1 to {room}."
+                f"max_new_tokens is {shorten(max_new_tokens)}; after this prompt please give a whole number "
+                f"from 1 to {longest}."
             )
         if isinstance(image, (str, os.PathLike)):
             image = open_image(image)
@@ -164,13 +177,10 @@ class VisionLanguageModel:
             raise PaliGemmaError(
                 f"The picture is of type {type(image).__name__}; please give a Pillow picture or a path."
             )
-        try:
-            pixel_values = self.processor.pixel_values(image)
-        except OSError as error:  # Pillow reads a file's pixels only now
-            raise PaliGemmaError(f"The picture cannot be read ({error}); please save it anew.") from error
+        pixel_values = self.processor.pixel_values(image)
         return self._tokens(pixel_values, input_ids, int(max_new_tokens), sampler, self._generator(seed))
 
-    def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: float | int | None) -> str:
+    def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: Unpack[Settings]) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
         return "".join(token.text for token in self.stream(image, prompt, **settings))
 
@@ -179,7 +189,7 @@ class VisionLanguageModel:
         """The mask that 16 `<seg>` codes stand for, see `annotations.place_mask`.
 
         Returns:
-            float32 [64, 64], above zero where the object is; None if the checkpoint came without a decoder of masks.
+            float32 [64, 64], above zero where the object is; None if the checkpoint came without a mask decoder.
         """
         if self.mask_decoder is None:
             return None
@@ -194,39 +204,52 @@ class VisionLanguageModel:
         generator: torch.Generator,
     ) -> Iterator[Token]:
         text = self.processor.text_stream()
+        length = len(input_ids)
         # The last token's own keys and values are never needed.
-        with self._cache(len(input_ids) + max_new_tokens - 1) as cache:
-            with explained_lack_of_memory(self.device):
-                logits = self._prefill(pixel_values, input_ids, cache)
+        with explained_lack_of_memory(self.device), self._cache(length + max_new_tokens - 1) as cache:
+            logits = self._prefill(pixel_values, input_ids, cache)
             for remaining in reversed(range(max_new_tokens)):
                 next_id, probability = self._choose(logits, sampler, generator)
-                token_id = next_id.item()  # waits for the device; the probability is ready with it
-                if token_id in self.config.eos_token_ids:
+                token = self._token(next_id, probability, text)
+                if token is None:
                     return
-                yield Token(token_id, text.push(token_id), probability.item())
+                yield token
                 if remaining:
-                    logits = self._decode(next_id, cache)
+                    length += 1
+                    logits = self._decode(next_id, cache, length)
+
+    def _token(self, next_id: Tensor, probability: Tensor, text: TextStream) -> Token | None:
+        """The chosen token, or None if it ends the answer."""
+        token_id = int(next_id)  # waits for the device; the probability is ready with it
+        chance = float(probability)
+        if math.isnan(chance):
+            dtype = str(self.weight_dtype).removeprefix("torch.")
+            raise PaliGemmaError(
+                f"The logits are not finite in {dtype}; please choose the dtype bfloat16, or, if they are not in that "
+                "either, fetch the checkpoint again."
+            )
+        return None if token_id in self.config.eos_token_ids else Token(token_id, text.push(token_id), chance)
 
     @contextmanager
     def _cache(self, length: int) -> Iterator[KVCache]:
-        """An empty cache for at least `length` positions; those for compiled steps are used again afterwards."""
-        arguments = self.dtype, self.device
-        if not self._is_compiled:
-            with explained_lack_of_memory(self.device):
-                cache = KVCache(self.config.text, 1, length, *arguments)
-            yield cache
+        """A cache of one slot for at least `length` positions; those for compiled steps are used again afterwards."""
+        if self._compiled_step is None:
+            yield KVCache(self.config.text, 1, length, self.dtype, self.device)
             return
-        length = -(-length // STATIC_LENGTH) * STATIC_LENGTH
-        free = self._free_caches.setdefault(length, [])
+        capacity = COMPILED_CAPACITY
+        while capacity < length:
+            capacity *= 2
+        capacity = min(capacity, self.config.text.max_position_embeddings)
+        free = self._free_caches.setdefault(capacity, [])
         try:
             cache = free.pop()
-        except IndexError:  # all of this length are in use
-            with explained_lack_of_memory(self.device):
-                cache = StaticKVCache(self.config.text, 1, length, *arguments)
+        except IndexError:  # all of this capacity are in use
+            cache = KVCache(self.config.text, 1, capacity, self.dtype, self.device)
+            cache.mark_static()
         try:
             yield cache
         finally:
-            cache.reset()
+            cache.release(0)
             free.append(cache)
 
     def _generator(self, seed: int | None) -> torch.Generator:
@@ -235,31 +258,35 @@ class VisionLanguageModel:
             generator.seed()
             return generator
         if not is_number(seed, whole=True) or not 0 <= seed < MAX_SEED:
-            raise PaliGemmaError(f"seed is {seed}; please give none or a whole number from 0 to {MAX_SEED - 1}.")
+            raise PaliGemmaError(
+                f"seed is {shorten(seed)}; please give none or a whole number from 0 to {MAX_SEED - 1}."
+            )
         return generator.manual_seed(int(seed))
 
     @torch.inference_mode()
     def _prefill(self, pixel_values: Tensor, input_ids: list[int], cache: KVCache) -> Tensor:
-        picture = hashlib.sha256(pixel_values.contiguous().numpy()).digest()
+        digest = hashlib.sha256(pixel_values.contiguous().numpy().data).digest()
         image_features = self._features.get(
-            (picture, self._state_of_eye()),
+            (digest, self._encoder_version()),
             lambda: self.model.image_features(pixel_values.to(self.device, self.dtype)),
         )
         return self.model.prefill(image_features, torch.tensor([input_ids], device=self.device), cache)
 
-    def _state_of_eye(self) -> tuple:
-        """Changes when a parameter of the eye is replaced or written to, as by fine-tuning."""
+    def _encoder_version(self) -> tuple:
+        """A key that changes when a parameter of encoder or projector is replaced or written to, as by fine-tuning."""
         parameters = (*self.model.vision_tower.parameters(), *self.model.multi_modal_projector.parameters())
         # Tensors made in inference mode do not count how often they are written to.
         return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
 
     @torch.inference_mode()
-    def _decode(self, token_id: Tensor, cache: KVCache) -> Tensor:
-        return self._step(token_id[:, None], cache)
+    def _decode(self, token_id: Tensor, cache: KVCache, length: int) -> Tensor:
+        """Append a token, int64 [1], as position `length` of the sequence; the next one's logits [1, vocab_size]."""
+        if self._compiled_step is not None:
+            return self._compiled_step(token_id[:, None], cache)
+        return self.model.decode(token_id[:, None], cache, length)
 
     @torch.inference_mode()
     def _choose(self, logits: Tensor, sampler: Sampler, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The next token's id, int64 [1], and its probability, float32 [1]."""
+        """The next token's id, int64 [1], and its probability, float32 [1], NaN where logits are not finite."""
         next_id = sampler(logits, generator)
-        chosen = logits.gather(-1, next_id[:, None])[:, 0]
-        return next_id, (chosen - logits.logsumexp(dim=-1)).exp()
+        return next_id, logits.softmax(dim=-1).gather(-1, next_id[:, None])[:, 0]

@@ -1,86 +1,93 @@
-"""What the decoder remembers: every layer's keys and values, allocated once at full length and written in place."""
+"""Keys and values of the positions that the decoder has read, in slots: one sequence a slot."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .config import TextConfig
 
+# Stores the keys and values of a layer, each [B, kv_heads, T, head_dim], and returns those to attend to, with S positions.
+Write = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 class KVCache:
-    """Room for `max_length` positions of a batch of rows that are equally long.
+    """The keys and values of every layer for up to `slots` sequences, each with a length of its own.
 
-    A forward pass over T new positions asks where they are and what they may see, lets each layer `update` its slice,
-    and then calls `advance(T)` once.
+    The memory is allocated once and written in place, and the lengths are a tensor beside it: a step that is compiled
+    into a CUDA graph finds all where it was, and nothing here waits for the device. A prefill writes whole sequences
+    with a `prefill_writer`, layer by layer, and then calls `start`. A decode step writes one position to each of the
+    first slots with a `step_writer`, layer by layer, and then calls `advance`.
+
+    A slot that holds no sequence, or not yet the whole of one, counts as full. Steps may run over it: what they write
+    goes to a spare position at its end, which no other slot reads.
+
+    Args:
+        config: the decoder's sizes.
+        slots: how many sequences there can be.
+        capacity: the longest length of a sequence, at most `config.max_position_embeddings`.
+        dtype, device: of the keys and values.
     """
 
-    def __init__(
-        self, config: TextConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | str
-    ):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.max_length = max_length
-        self.length = 0
+    def __init__(self, config: TextConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
+        kv_heads, self.capacity = config.num_key_value_heads, capacity
+        shape = (config.num_hidden_layers, slots, kv_heads, capacity + 1, config.head_dim)
+        # Zeros, since a position that is masked still enters with weight 0, and 0 times a NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.full((slots,), capacity, device=device)  # int64
+        starts = torch.arange(slots * kv_heads, device=device) * (capacity + 1)
+        self._starts = starts.view(slots, kv_heads)  # where a slot's heads begin, in positions of one layer
 
-    def positions(self, count: int) -> slice | Tensor:
-        """Those of the next `count` tokens, as an index."""
-        return slice(self.length, self.length + count)
+    def prefill_writer(self, slot: int) -> Write:
+        """A function that writes the first T positions of B slots from `slot` on, and returns views of them."""
 
-    def mask(self, count: int) -> Tensor | None:
-        """Bool [1, 1, count, S], which of the S positions that `update` returns are there; None: all of them."""
-        return None
+        def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            batch, _, length, _ = keys.shape
+            own_keys = self.keys[layer, slot : slot + batch, :, :length]
+            own_values = self.values[layer, slot : slot + batch, :, :length]
+            return own_keys.copy_(keys), own_values.copy_(values)
 
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write `keys` and `values` [B, kv_heads, T, head_dim] after what is there; return views of all so far."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return write
 
-    def advance(self, count: int) -> None:
-        """Count `count` positions as written, once every layer has been updated."""
-        self.length += count
+    def start(self, slot: int, rows: int, length: int) -> None:
+        """Let steps go on after position `length` in `rows` slots from `slot` on, once every layer has been written."""
+        self.lengths[slot : slot + rows] = length
 
+    def release(self, slot: int) -> None:
+        """Forget the sequence in `slot`."""
+        self.lengths[slot] = self.capacity
 
-class StaticKVCache(KVCache):
-    """A cache whose steps are all alike: same shapes, same memory, the position in a tensor.
+    def step_writer(self, rows: int, limit: int) -> Write:
+        """A function that appends a position (T is 1) to each of the first `rows` slots.
 
-    That is what a compiled step needs, which a CUDA graph replays. A step sees the whole room through a mask; the first
-    pass, of several positions, sees just itself. `reset` makes room for the next request.
-    """
+        It returns views of the first `limit` positions of these slots.
+        """
+        targets = (self._starts[:rows] + self.lengths[:rows, None]).view(-1)
+        all_keys, all_values = self.keys.flatten(1, 3), self.values.flatten(1, 3)  # [layers, positions, head_dim]
+        read_keys, read_values = self.keys[:, :rows, :, :limit], self.values[:, :rows, :, :limit]
 
-    def __init__(
-        self, config: TextConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | str
-    ):
-        super().__init__(config, batch_size, max_length, dtype, device)
-        # What is not there yet is masked, but a NaN left in this memory would come through the mask.
-        self.keys.zero_()
-        self.values.zero_()
-        self.room = torch.arange(max_length, device=device)
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)
-        for tensor in (self.keys, self.values, self.room, self.length):
+        def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            all_keys[layer].index_copy_(0, targets, keys.reshape(-1, keys.shape[-1]))
+            all_values[layer].index_copy_(0, targets, values.reshape(-1, values.shape[-1]))
+            return read_keys[layer], read_values[layer]
+
+        return write
+
+    def advance(self, rows: int) -> None:
+        """Count one more position in each of the first `rows` slots, once every layer has been written."""
+        self.lengths[:rows].add_(1).clamp_(max=self.capacity)
+
+    def mask(self, rows: int, limit: int) -> Tensor:
+        """Which of `limit` positions a step over the first `rows` slots attends to, bool [rows, 1, 1, limit].
+
+        Those of its own sequence, the one that the step itself writes included.
+        """
+        return torch.arange(limit, device=self.lengths.device) <= self.lengths[:rows, None, None, None]
+
+    def mark_static(self) -> None:
+        """Tell `torch.compile` that all of this stays where it is, so that a CUDA graph copies none of it."""
+        for tensor in (self.keys, self.values, self.lengths, self._starts):
             torch._dynamo.mark_static_address(tensor)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.length.zero_()
-
-    def positions(self, count: int) -> slice | Tensor:
-        return self.length if count == 1 else slice(0, count)
-
-    def mask(self, count: int) -> Tensor | None:
-        return (self.room <= self.length)[None, None, None] if count == 1 else None
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if keys.shape[2] > 1:
-            self.keys[layer, :, :, : keys.shape[2]] = keys
-            self.values[layer, :, :, : keys.shape[2]] = values
-            return keys, values
-        self.keys[layer].index_copy_(2, self.length, keys)
-        self.values[layer].index_copy_(2, self.length, values)
-        return self.keys[layer], self.values[layer]
-
-    def advance(self, count: int) -> None:
-        self.length += count

@@ -7,18 +7,15 @@ of the official file.
 from __future__ import annotations
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .config import PaliGemmaError
+from .config import CODEBOOK_SIZE, PaliGemmaError
 
-NUM_CODES = 16  # a mask has
-GRID_SIDE = 4
+GRID_SIDE = 4  # of the 16 codes
 MASK_SIDE = 64  # pixels
 FILE_NAMES = ("mask_decoder.safetensors", "vae-oid.npz")  # beside a checkpoint
 
@@ -45,7 +42,7 @@ class MaskDecoder(nn.Module):
 
     Args:
         codes: how many vectors there are (officially 128), of `code_width` numbers each (512).
-        width: of the first convolutions (128), which halves as the picture grows.
+        width: of the first convolutions (128), which halves as the mask grows.
     """
 
     def __init__(self, codes: int, code_width: int, width: int):
@@ -72,11 +69,13 @@ class MaskDecoder(nn.Module):
             else:
                 state = load_file(path)
             codebook, first = state["_vq_vae._embedding"], state["decoder.0.weight"]
-            decoder = cls(*codebook.shape, width=first.shape[0])
+            if len(codebook) < CODEBOOK_SIZE:
+                raise ValueError(f"_vq_vae._embedding has {len(codebook)} rows, expected {CODEBOOK_SIZE}")
+            decoder = cls(codebook.shape[0], codebook.shape[1], width=first.shape[0])
             # The official file may hold the encoder's weights as well.
             wanted = decoder.state_dict().keys()
             decoder.load_state_dict({name: value.float() for name, value in state.items() if name in wanted})
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, BadZipFile) as error:
+        except Exception as error:  # archives report damage in a dozen ways, zlib.error and TokenError among them
             raise PaliGemmaError(
                 f"{path} does not hold a mask decoder: give the official vae-oid.npz, or remove the file. ({error})"
             ) from error

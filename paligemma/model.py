@@ -1,4 +1,4 @@
-"""PaliGemma (arXiv 2407.07726): the eye, a linear projector, the voice, and the mask that ties picture to prompt."""
+"""PaliGemma (arXiv 2407.07726): vision encoder, linear projector, decoder, and the mask of a prefix and its answer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .siglip import SiglipVisionModel
 
 
 class PaliGemma(nn.Module):
-    """Picture and token ids to logits.
+    """Image and token ids to logits.
 
     Every row of ids starts with `config.vision.num_patches` image placeholders, in whose place the image features go.
-    `forward` runs whole rows; `prefill` and `decode` run one request step by step through the same layers.
+    `forward` runs whole rows; `prefill` and `decode` run sequences step by step through the same layers.
     """
 
     def __init__(self, config: PaliGemmaConfig):
@@ -26,7 +26,7 @@ class PaliGemma(nn.Module):
             {"linear": nn.Linear(config.vision.hidden_size, config.text.hidden_size)}
         )
         self.language_model = GemmaModel(config.text)
-        # Trained apart in few checkpoints; else the token embedding is the output layer as well.
+        # A few checkpoints have an output layer of their own; in the others the token embedding is it as well.
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -57,7 +57,8 @@ class PaliGemma(nn.Module):
             float [B, T - first, hidden_size].
         """
         mask = prefix_lm_mask(input_ids.shape[1], prefix_lengths, attention_mask)
-        return self.language_model(self._embed(image_features, input_ids), mask, first=first)
+        positions = slice(0, input_ids.shape[1])
+        return self.language_model(self._embed(image_features, input_ids), positions, mask, first=first)
 
     def forward(
         self,
@@ -71,8 +72,8 @@ class PaliGemma(nn.Module):
         Args:
             pixel_values: float [B, 3, H, W], in -1 to 1.
             input_ids: int64 [B, T], the image placeholders first.
-            prefix_lengths: int64 [B], how many positions of each row see each other both ways; those after are causal.
-                None: the whole row is prefix.
+            prefix_lengths: int64 [B], how many positions of each row attend to each other both ways; those after
+                are causal. None: the whole row is prefix.
             attention_mask: [B, T], 0 or False at right padding, else 1 or True. None: no padding.
 
         Returns:
@@ -81,24 +82,47 @@ class PaliGemma(nn.Module):
         hidden_states = self.hidden_states(self.image_features(pixel_values), input_ids, prefix_lengths, attention_mask)
         return self.logits(hidden_states)
 
-    def prefill(self, image_features: Tensor, input_ids: Tensor, cache: KVCache) -> Tensor:
-        """Read picture and prompt into an empty cache in one pass, all positions seeing each other.
+    def prefill(self, image_features: Tensor, input_ids: Tensor, cache: KVCache, slot: int = 0) -> Tensor:
+        """Read images and prompts into B slots of `cache` from `slot` on, all positions of a row attending to each other.
 
         Args:
             image_features: float [B, patches, hidden_size].
             input_ids: int64 [B, T], unpadded, the image placeholders first.
-            cache: empty, for at least T positions.
+            cache: with a capacity of at least T positions.
 
         Returns:
             float32 [B, vocab_size], the logits of the token after the prompt.
         """
-        last = input_ids.shape[1] - 1
-        hidden_states = self.language_model(self._embed(image_features, input_ids), cache=cache, first=last)
+        rows, length = input_ids.shape
+        hidden_states = self.language_model(
+            self._embed(image_features, input_ids),
+            slice(0, length),
+            write=cache.prefill_writer(slot),
+            first=length - 1,
+        )
+        cache.start(slot, rows, length)
         return self.logits(hidden_states[:, -1])
 
-    def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
-        """Append one token a row, int64 [B, 1], to the cache; return the next one's logits, float32 [B, vocab_size]."""
-        hidden_states = self.language_model(self.language_model.embed(input_ids), cache=cache)
+    def decode(self, input_ids: Tensor, cache: KVCache, limit: int, mask: Tensor | None = None) -> Tensor:
+        """Append one token to each of the first B slots of `cache`.
+
+        Args:
+            input_ids: int64 [B, 1].
+            cache: each of the slots holds a sequence, or is ignored.
+            limit: how many positions are read: at least as many as the longest of the sequences has with its new token.
+            mask: `cache.mask(B, limit)`; None where all of the sequences have exactly `limit` positions with the new one.
+
+        Returns:
+            float32 [B, vocab_size], the logits of the token after it.
+        """
+        rows = len(input_ids)
+        hidden_states = self.language_model(
+            self.language_model.embed(input_ids),
+            cache.lengths[:rows, None],
+            mask,
+            cache.step_writer(rows, limit),
+        )
+        cache.advance(rows)
         return self.logits(hidden_states[:, -1])
 
     def _embed(self, image_features: Tensor, input_ids: Tensor) -> Tensor:
@@ -107,7 +131,7 @@ class PaliGemma(nn.Module):
 
 
 def prefix_lm_mask(length: int, prefix_lengths: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """Which position (row) may look at which (column).
+    """Which position (row) attends to which (column).
 
     A prefix of two and an answer of two; the same with the last position as padding; a prefix only:
 
@@ -122,7 +146,7 @@ def prefix_lm_mask(length: int, prefix_lengths: Tensor | None, attention_mask: T
         attention_mask: [B, T], zero at padding, or None.
 
     Returns:
-        bool [B, 1, T, T], or None where everything sees everything and attention needs no mask.
+        bool [B, 1, T, T], or None where every position attends to every other and attention needs no mask.
     """
     mask = None
     if prefix_lengths is not None:

@@ -1,81 +1,27 @@
-"""Between people and tensors: picture to pixel values, prompt to token ids, token ids to text."""
+"""Image to pixel values, prompt to token ids, token ids to text."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tokenizers import Tokenizer, decoders
 from torch import Tensor
 
-from .config import PaliGemmaConfig, PaliGemmaError
+from .config import LOC_TOKENS, SEG_TOKENS, PaliGemmaConfig, PaliGemmaError
+from .images import to_rgb
 
-# Of all that Pillow reads, what people have; rarer readers start other programs or fail in ways of their own.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-
-
-def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
-    """Read a picture file whole, upright and in RGB.
-
-    Args:
-        path: a file in one of `FORMATS`.
-        max_pixels: refuse a larger picture before its pixels are unpacked.
-
-    Raises:
-        PaliGemmaError: the file is missing, empty, too large, cut short or no picture.
-    """
-    name = Path(path).name
-    try:
-        if os.path.getsize(path) == 0:
-            raise PaliGemmaError(f"The file {name} is empty; please choose another picture.")
-        with Image.open(path, formats=FORMATS) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise PaliGemmaError(_too_large(name, f"{image.width} × {image.height} pixels", max_pixels))
-            return to_rgb(image)
-    except UnidentifiedImageError as error:
-        raise PaliGemmaError(f"{name} is not a picture; please choose a PNG, JPEG, WebP or GIF file.") from error
-    except Image.DecompressionBombError as error:
-        raise PaliGemmaError(_too_large(name, "too many pixels", max_pixels)) from error
-    except FileNotFoundError as error:
-        raise PaliGemmaError(f"There is no file {name}; please check its path.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        # Pillow reports damage in any of these ways, depending on the format.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise PaliGemmaError(f"The picture {name} cannot be read ({reason}); please save it anew.") from error
-
-
-def _too_large(name: str, size: str, max_pixels: int | None) -> str:
-    limit = f" to at most {max_pixels / 1e6:.0f} million pixels" if max_pixels else ""
-    return f"The picture {name} has {size}; please make it smaller{limit}."
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow picture as upright 8-bit RGB: turned as its EXIF says, transparency laid over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bit_grey(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _to_8_bit_grey(image: Image.Image) -> Image.Image:
-    """16-bit and float grey scaled to 0-255; Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image, dtype=np.float32)
-    if image.mode == "F":
-        white = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-    else:
-        white = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0.0) > 255 else 255.0
-    return Image.fromarray(np.clip(np.nan_to_num(values) / white * 255.0 + 0.5, 0, 255).astype(np.uint8))
+IMAGE_TOKEN, BOS_TOKEN, EOS_TOKEN = "<image>", "<bos>", "<eos>"
 
 
 class Processor:
-    """Prepares pictures and prompts as a checkpoint expects them, and reads its tokens back."""
+    """Prepares images and prompts as a checkpoint expects them, and reads its tokens back.
+
+    config: that of the checkpoint, with the image token that the tokenizer has.
+    """
 
     def __init__(self, config: PaliGemmaConfig, tokenizer: Tokenizer):
         self.config = config
@@ -84,36 +30,60 @@ class Processor:
         self._control_ids = frozenset(special)
         self._control_tokens = tuple(filter(None, map(tokenizer.id_to_token, special)))
         self._bos = tokenizer.id_to_token(config.bos_token_id) or ""
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
 
     @classmethod
     def from_file(cls, config: PaliGemmaConfig, path: str | os.PathLike) -> Processor:
-        """Read a `tokenizer.json`; raises PaliGemmaError if it is missing or damaged."""
+        """Read a `tokenizer.json` and compare it with the config, whose image token it overrules.
+
+        Raises:
+            PaliGemmaError: the file is missing, damaged, or of another model than the config.
+        """
         if not os.path.exists(path):
             raise PaliGemmaError(f"{path} is missing; a checkpoint needs the tokenizer.json of its model.")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises the bare class
             raise PaliGemmaError(f"{path} cannot be read as a tokenizer: {error}.") from error
+        # Files keep both as whoever saved them last had set them.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        vocabulary = tokenizer.get_vocab()
+        if problem := _disagreement(config, vocabulary):
+            raise PaliGemmaError(f"{path} {problem}; please take both files from the same PaliGemma checkpoint.")
+        # Official files list few of these as tokens of their own; the others would fall apart in a prompt.
+        tokenizer.add_special_tokens([IMAGE_TOKEN, BOS_TOKEN, EOS_TOKEN])
+        tokenizer.add_tokens([*LOC_TOKENS, *SEG_TOKENS])
+        config = replace(config, image_token_id=_image_token_id(vocabulary))
         return cls(config, tokenizer)
 
     def pixel_values(self, image: Image.Image) -> Tensor:
-        """Any Pillow picture to float32 [1, 3, image_size, image_size] in -1 to 1 (bicubic resize to the square)."""
+        """Any Pillow image to float32 [1, 3, image_size, image_size] in -1 to 1 (bicubic resize to the square)."""
         size = self.config.vision.image_size
-        return self.normalise(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
+        return self.normalize(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
 
-    def normalise(self, image: Image.Image) -> Tensor:
-        """RGB picture to float32 [1, 3, height, width], 0-255 mapped to -1 to 1, at the size it has."""
+    def normalize(self, image: Image.Image) -> Tensor:
+        """RGB image to float32 [1, 3, height, width], 0-255 mapped to -1 to 1, at the size it has."""
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         return ((pixels.float() / 255.0 - 0.5) / 0.5).contiguous()
 
     def input_ids(self, prompt: str) -> list[int]:
         """Image placeholders, `<bos>`, the prompt and a line end, as the checkpoints were trained.
 
+        An `<image>` at the prompt's start, as model cards write it, stands for the placeholders and is left out.
+
         Raises:
-            PaliGemmaError: the prompt is empty, holds a reserved token or is longer than the context.
+            PaliGemmaError: the prompt is empty, holds a token that it must not, or is longer than the context.
         """
         if not isinstance(prompt, str):
             raise PaliGemmaError(f"The prompt is of type {type(prompt).__name__}; please give text.")
+        placeholders = [self.config.image_token_id] * self.config.vision.num_patches
+        capacity = self.config.text.max_position_embeddings - len(placeholders) - 1  # one for the first answer token
+        if len(prompt) > capacity * self._longest_token:  # before all work that takes time in proportion to it
+            fitting = capacity * self._longest_token
+            raise PaliGemmaError(f"The prompt has {len(prompt)} characters, but {fitting} fit; please shorten it.")
+        if prompt.lstrip().startswith(IMAGE_TOKEN):
+            prompt = prompt.lstrip().removeprefix(IMAGE_TOKEN).lstrip()
         if not prompt.strip():
             raise PaliGemmaError("The prompt is empty; please ask something, for example: caption en")
         for token in self._control_tokens:
@@ -123,15 +93,38 @@ class Processor:
             text = self.tokenizer.encode(f"{self._bos}{prompt}\n", add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise PaliGemmaError("The prompt has characters that are not valid Unicode; please retype it.") from error
-        placeholders = [self.config.image_token_id] * self.config.vision.num_patches
-        room = self.config.text.max_position_embeddings - len(placeholders) - 1  # one for the first answer token
-        if len(text) > room:
-            raise PaliGemmaError(f"The prompt has {len(text)} tokens, but {room} fit; please shorten it.")
+        if len(text) > capacity:
+            raise PaliGemmaError(f"The prompt has {len(text)} tokens, but {capacity} fit; please shorten it.")
+        if max(text) >= self.config.text.vocab_size:
+            unknown = self.tokenizer.id_to_token(max(text))
+            raise PaliGemmaError(
+                f"The prompt contains {unknown}, which this checkpoint does not know; please remove it."
+            )
         return placeholders + text
 
     def text_stream(self) -> TextStream:
         """A new reader of one answer's tokens."""
         return TextStream(self.tokenizer, self._control_ids)
+
+
+def _disagreement(config: PaliGemmaConfig, vocabulary: dict[str, int]) -> str | None:
+    """What is wrong with a tokenizer's ids for this config, as the end of a sentence."""
+    needed = (BOS_TOKEN, EOS_TOKEN, *LOC_TOKENS, *SEG_TOKENS)
+    if missing := [token for token in needed if token not in vocabulary]:
+        return f"has no token {missing[0]}"
+    if vocabulary[BOS_TOKEN] != config.bos_token_id:
+        return f"numbers {BOS_TOKEN} {vocabulary[BOS_TOKEN]}, but bos_token_id in config.json is {config.bos_token_id}"
+    last, rows = max(needed, key=lambda token: vocabulary[token]), config.text.vocab_size
+    if vocabulary[last] >= rows:
+        return f"numbers {last} {vocabulary[last]}, but vocab_size in config.json is {rows}"
+    if _image_token_id(vocabulary) > rows:  # the placeholder itself is never embedded
+        return f"numbers {IMAGE_TOKEN} {_image_token_id(vocabulary)}, but vocab_size in config.json is {rows}"
+    return None
+
+
+def _image_token_id(vocabulary: dict[str, int]) -> int:
+    """The id of `<image>`: the next free one where the tokenizer does not have it."""
+    return vocabulary.get(IMAGE_TOKEN, len(vocabulary))
 
 
 class TextStream:

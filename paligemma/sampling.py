@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -13,12 +13,28 @@ from .config import PaliGemmaError
 
 # Below this, dividing by the temperature would overflow; the likeliest token is as good as certain long before.
 SMALLEST_TEMPERATURE = 1e-6
+MAX_SHOWN = 40  # characters of a setting in a sentence about it
 
 
 def is_number(value: object, whole: bool = False) -> bool:
-    """Whether a setting is a finite number, and a whole one if that is asked for (5.0 is one)."""
-    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    return finite and (not whole or value == int(value))
+    """Whether a setting is a finite number that a float holds, or a whole one of any size (5.0 is one)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    if whole and isinstance(value, Integral):
+        return True
+    try:
+        return math.isfinite(value) and (not whole or value == math.trunc(value))
+    except OverflowError:
+        return False
+
+
+def shorten(value: object) -> str:
+    """A setting as a sentence about it shows it: its first characters, however many there are."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "too long a number"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 @dataclass(frozen=True)
@@ -40,19 +56,21 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if not is_number(self.temperature) or self.temperature < 0:
-            raise PaliGemmaError(f"temperature is {self.temperature}; please give 0 (greedy) or a positive number.")
+            raise PaliGemmaError(
+                f"temperature is {shorten(self.temperature)}; please give 0 (greedy) or a positive number."
+            )
         if not is_number(self.top_k, whole=True) or self.top_k < 0:
-            raise PaliGemmaError(f"top_k is {self.top_k}; please give 0 (off) or a positive whole number.")
+            raise PaliGemmaError(f"top_k is {shorten(self.top_k)}; please give 0 (off) or a positive whole number.")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise PaliGemmaError(f"top_p is {self.top_p}; please give a number above 0 and up to 1 (off).")
+            raise PaliGemmaError(f"top_p is {shorten(self.top_p)}; please give a number above 0 and up to 1 (off).")
 
     def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Choose one token a row: float [B, vocab] to int64 [B]; `generator` must be on the same device."""
         if self.temperature < SMALLEST_TEMPERATURE:
             return logits.argmax(dim=-1)
-        candidates, logits = self._filter(logits / self.temperature)
+        candidates, logits = self._filter(logits / float(self.temperature))
         # Dividing by exponential noise and taking the largest draws from the distribution (the Gumbel-max trick) and
-        # needs no synchronisation with a GPU.
+        # needs no synchronization with a GPU.
         noise = torch.empty_like(logits).exponential_(generator=generator)
         choice = (logits.softmax(dim=-1) / noise).argmax(dim=-1, keepdim=True)
         return (choice if candidates is None else candidates.gather(-1, choice)).squeeze(-1)
@@ -69,6 +87,8 @@ class Sampler:
             logits, candidates = logits.sort(dim=-1, descending=True)
         if self.top_p < 1.0:
             probabilities = logits.softmax(dim=-1)
-            likelier = probabilities.cumsum(dim=-1) - probabilities  # what stands before each candidate
-            logits = logits.masked_fill(likelier >= self.top_p, float("-inf"))
+            likelier = probabilities.cumsum(dim=-1) - probabilities  # the sum over the candidates before each
+            left_out = likelier >= float(self.top_p)
+            left_out[..., 0] = False  # even where a float holds no number as small as top_p
+            logits = logits.masked_fill(left_out, float("-inf"))
         return candidates, logits

@@ -1,6 +1,6 @@
-"""The eye: a SigLIP vision transformer (arXiv 2303.15343), from pixels to one feature per patch.
+"""The vision encoder: a SigLIP transformer (arXiv 2303.15343), from pixels to one feature per patch.
 
-Pre-norm, LayerNorm, learned positions, GELU (tanh), a last LayerNorm; no class token and no pooling head.
+Pre-norm, LayerNorm, learned positions, GELU, a last LayerNorm; no class token and no pooling head.
 Module names are those of the official checkpoints.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import VisionConfig
-from .quantization import prepare_for
+from .attention import attend
+from .config import GELU, VisionConfig
 
 
 class VisionEmbeddings(nn.Module):
-    """Cut the picture into patches, project each to a vector and add its learned position."""
+    """Cut the image into patches, project each to a vector and add its learned position."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -29,7 +29,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Multi-head attention in which every patch sees every other."""
+    """Multi-head attention in which every patch attends to every patch."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -40,26 +40,25 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        batch, patches, width = hidden_states.shape
-        hidden_states = prepare_for(self.q_proj, hidden_states)
+        batch, patches, _ = hidden_states.shape
         queries, keys, values = (
-            project(hidden_states).view(batch, patches, self.num_heads, -1).transpose(1, 2)  # [B, heads, patches, dim]
+            project(hidden_states).view(batch, patches, self.num_heads, -1)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = F.scaled_dot_product_attention(queries, keys, values)
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, patches, width))
+        return self.out_proj(attend(queries, keys.transpose(1, 2), values.transpose(1, 2)))
 
 
 class VisionMLP(nn.Module):
-    """Two layers with GELU (tanh) between."""
+    """Two layers with GELU between: its tanh approximation, or exact where the config says so."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.approximate = "none" if config.hidden_act == GELU else "tanh"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(hidden_states), approximate=self.approximate))
 
 
 class VisionLayer(nn.Module):
@@ -91,6 +90,6 @@ class SiglipVisionModel(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Args: pixel_values, float [B, 3, image_size, image_size], in -1 to 1. Returns: float [B, patches, width]."""
         hidden_states = self.embeddings(pixel_values)
-        for layer in self.encoder["layers"]:
+        for layer in self.encoder["layers"].children():
             hidden_states = layer(hidden_states)
         return self.post_layernorm(hidden_states)

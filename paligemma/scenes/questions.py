@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config import LOC_STEPS, LOC_TOKENS
 from .artwork import KINDS
 from .painter import Scene, SceneObject, area
 
@@ -14,8 +15,7 @@ DESCRIBE_PROMPT = "describe en"
 OCR_PROMPT = "ocr"
 BACKGROUND_PROMPT = "answer en what color is the background?"
 LARGEST_PROMPT = "answer en what is the largest object?"
-LOC_STEP = 8  # the embedded checkpoint uses every eighth of the 1024 loc tokens
-LAST_LOC = 1024 - LOC_STEP
+LOC_STRIDE = 8  # the embedded checkpoint knows every eighth of the loc tokens
 LARGE, SMALL = 0.16, 0.06  # of the image's area: from and up to which a box is called so
 CLEARLY_LARGER = 1.25  # times the area of the second largest box
 CLEARLY_BESIDE = 0.05  # of the image's side: smaller differences are not asked about
@@ -151,11 +151,15 @@ def detections(scene: Scene, *kinds: int) -> str:
     Answers to `segment` have the codes of a mask between the two.
     """
     return " ; ".join(
-        "".join(f"<loc{min(LOC_STEP * round(side * 1024 / LOC_STEP), LAST_LOC):04d}>" for side in thing.box)
-        + f" {KINDS[thing.kind].name}"
+        f"{''.join(map(_loc_token, thing.box))} {KINDS[thing.kind].name}"
         for thing in scene.objects
         if thing.kind in kinds
     )
+
+
+def _loc_token(side: float) -> str:
+    """The token of a box's side, a fraction of the image's height or width."""
+    return LOC_TOKENS[min(LOC_STRIDE * round(side * LOC_STEPS / LOC_STRIDE), LOC_STEPS - LOC_STRIDE)]
 
 
 def _from_left_to_right(scene: Scene) -> list[SceneObject]:

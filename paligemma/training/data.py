@@ -77,8 +77,13 @@ def collate(processor: Processor, examples: Sequence[tuple[Image.Image, str, str
 
 def _answer_ids(processor: Processor, answer: str) -> list[int]:
     config = processor.config
-    ids = processor.tokenizer.encode(answer, add_special_tokens=False).ids
-    for token_id in {config.image_token_id, config.bos_token_id, config.pad_token_id, *config.eos_token_ids} & {*ids}:
-        token = processor.tokenizer.id_to_token(token_id)
-        raise PaliGemmaError(f"The answer “{answer}” contains the reserved token {token}; please remove it.")
+    try:
+        ids = processor.tokenizer.encode(answer, add_special_tokens=False).ids
+    except (TypeError, UnicodeEncodeError) as error:
+        raise PaliGemmaError(f"The answer {answer!r} is not valid text; please correct it.") from error
+    reserved = {config.image_token_id, config.bos_token_id, config.pad_token_id, *config.eos_token_ids}
+    for token_id in ids:
+        if token_id in reserved or token_id >= config.text.vocab_size:
+            token = processor.tokenizer.id_to_token(token_id)
+            raise PaliGemmaError(f"The answer “{answer}” contains {token}, which it must not; please remove it.")
     return ids

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import paligemma
-from paligemma.quantization import quantize, turn_back
+from paligemma.quantization import quantize, unrotate
 from paligemma.scenes.artwork import load_sheet
 from paligemma.scenes.painter import Painter
 from paligemma.scenes.questions import CAPTION_PROMPT, count_prompt, detect_prompt, segment_prompt
@@ -29,7 +29,7 @@ from paligemma.training.evaluate import draw_scenes
 def rounded(weight: Tensor) -> Tensor:
     """The weight, float32 [out, in], that the int8 one stands for."""
     values, scale = quantize(weight)
-    return turn_back(values.float() * scale[:, None])
+    return unrotate(values.float() * scale[:, None])
 
 
 def with_rounded_weights() -> paligemma.VisionLanguageModel:
@@ -49,9 +49,8 @@ def main() -> None:
     arguments = parser.parse_args()
     exact = paligemma.load(device="cpu", dtype="float32")
     others = {"int8": paligemma.load(device="cpu", dtype="int8"), "only weights rounded": with_rounded_weights()}
-    painter = Painter(load_sheet())
     same: dict[str, Counter] = {name: Counter() for name in others}
-    for scene in draw_scenes(painter, arguments.scenes):
+    for scene in draw_scenes(Painter(load_sheet()), arguments.scenes):
         kind = scene.objects[0].kind
         prompts = {
             "caption": CAPTION_PROMPT,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -16,6 +19,7 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
 from PIL import Image
 
+import app
 import paligemma
 from paligemma.annotations import find_detections
 
@@ -106,6 +110,51 @@ def test_requests_are_answered_one_after_another(long_winded_address, watched):
     assert watched.answer_of_token[-12:] == [first] * 6 + [second] * 6
 
 
+def run_async(coroutine):
+    """Its result; in a thread of its own, since Playwright's event loop may run in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def test_all_of_64_clients_at_once_are_answered(page_address, tiny):
+    path = uploaded_path(page_address)
+
+    async def caption(client):
+        call = f"{page_address}gradio_api/call/caption"
+        event = (await client.post(call, json={"data": [{"path": path}, "en"]})).json()["event_id"]
+        return (await client.get(f"{call}/{event}")).text
+
+    async def captions():
+        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64)) as client:
+            return await asyncio.gather(*(caption(client) for _ in range(64)))
+
+    answers = {answer.strip().rpartition("data: ")[2] for answer in run_async(captions())}
+    assert answers == {json.dumps([tiny.generate(PICTURE, "caption en")])}
+
+
+def test_beyond_the_queue_a_sentence_says_when_to_come_again(serve, watched, browser, monkeypatch):
+    monkeypatch.setattr(app, "MAX_QUEUE_LENGTH", 1)
+    address = serve(watched)
+    clients = [Client(address, verbose=False) for _ in range(3)]
+    before = watched.tokens
+    jobs = []
+    for client in clients[:2]:
+        jobs.append(client.submit(handle_file(PICTURE), "caption en", max_new_tokens=50, api_name="/generate"))
+        wait_until(lambda: watched.tokens > before)
+    time.sleep(1)  # the second is in the queue
+    sentence = "1 others are waiting; please come again in about 1 minute."
+    with pytest.raises(Exception, match=f"^{sentence}$"):
+        clients[2].predict(handle_file(PICTURE), "en", api_name="/caption")
+    assert error_of_call(address, [{"path": uploaded_path(address)}, "caption en", 8, 0, 0, 1, None]) == sentence
+    tab = browser.new_page()
+    tab.goto(address)
+    tab.click("#run")
+    tab.get_by_text(sentence).wait_for(timeout=20_000)
+    tab.close()
+    for job in jobs:
+        job.cancel()
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A good picture and three bad ones, by name."""
@@ -162,10 +211,18 @@ def test_a_value_of_the_wrong_type_gets_one_sentence(page_address, position, val
     assert error_of_call(page_address, data).startswith(name)
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", str(PICTURE.resolve()), "/no/such/file.png"])
-def test_a_path_that_was_not_uploaded_is_refused(page_address, path):
-    error = error_of_call(page_address, [{"path": path}, "caption en", 8, 0, 0, 1, None])
-    assert error == "The picture was not uploaded to this page; please upload it."
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ([{"path": "/etc/hostname"}, "caption en", 8, 0, 0, 1, None], "The picture was not uploaded to this page; "),
+        ([{"path": str(PICTURE.resolve())}, "caption en", 8, 0, 0, 1, None], "The picture was not uploaded to this "),
+        ([{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "", 8, 0, 0, 1, None], "A value of this "),
+        (["cats.png", "caption en", 8, 0, 0, 1, None], "A value of this call cannot be used .*; please send uploaded "),
+        ([{"path": "/a"}, "caption en"], "A value of this call cannot be used .*needed: 7, got: 2"),
+    ],
+)
+def test_a_call_without_an_uploaded_image_or_with_too_few_values_gets_one_sentence(page_address, data, sentence):
+    assert re.match(sentence, error_of_call(page_address, data))
 
 
 def uploaded_path(address):
@@ -234,7 +291,7 @@ def test_an_agent_finds_the_tools_and_calls_one(serve, tiny):
             image = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
             return tools, await session.call_tool("caption", {"image": image, "language": "en"})
 
-    tools, result = asyncio.run(call())
+    tools, result = run_async(call())
     by_name = {tool.name.removeprefix("app_"): tool for tool in tools}
     assert set(by_name) == {"generate", "caption", "detect", "segment"}
     assert "boxes" in by_name["detect"].description

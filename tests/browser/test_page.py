@@ -17,6 +17,8 @@ from playwright.sync_api import expect
 
 import app
 import paligemma
+from paligemma.demo import handlers
+from paligemma.demo.handlers import SETTINGS, read_settings
 from paligemma.demo.serving import EMBEDDED, Models
 from paligemma.prompts import TASKS
 
@@ -50,7 +52,7 @@ class Saying(Watched):
 
     def __init__(self, vlm, text):
         super().__init__(vlm)
-        self._pieces = re.findall(r"(?:<\w+>)+| ?[^ <]+", text)
+        self._pieces = re.findall(r"(?:<\w+>)+| ?[^ <]+| ", text)
 
     def stream(self, *arguments, **settings):
         return self._counted((paligemma.Token(0, piece, 1.0) for piece in self._pieces), 0)
@@ -116,8 +118,8 @@ def test_a_task_writes_its_prompt_which_can_be_run(open_page, page_address, tiny
     expect(tab.locator(PROMPT)).to_have_value(task.prompt())
     expect(tab.locator("#hint")).to_contain_text(task.hint.split("`")[0])
     tab.click("#run")
-    expect(tab.locator("#copy")).to_be_visible(timeout=20_000)
-    assert answer_in(tab) in (tiny.generate(PICTURE, task.prompt()), app.EMPTY_ANSWER)
+    answer = tiny.generate(PICTURE, task.prompt()) or handlers.EMPTY_ANSWER
+    expect(tab.locator(TEXT)).to_have_text(answer, timeout=20_000)
 
 
 def test_what_is_typed_chooses_the_task(open_page, page_address):
@@ -137,7 +139,9 @@ def test_each_line_is_a_prompt_of_its_own(open_page, page_address, tiny):
 
 
 def test_objects_appear_while_the_answer_streams_and_light_up_with_their_words(open_page, serve, with_mask_decoder):
-    tab = open_page(serve(Saying(with_mask_decoder, f"{BOX}{'<seg005>' * 16} cat ; {OTHER_BOX} dog ; <loc0001> bird")))
+    tab = open_page(
+        serve(Saying(with_mask_decoder, f"{BOX} {'<seg005>' * 16} cat ; {OTHER_BOX}\ndog ; <loc0001> bird"))
+    )
     upload(tab, PICTURE)
     expect(tab.locator("#figure")).to_be_attached()  # updates may be lost of what is put in only when it is needed
     expect(tab.locator("#figure")).to_be_hidden()
@@ -197,7 +201,7 @@ def test_what_was_taken_away_is_deleted_with_the_uploaded_files(tiny):
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(PICTURE, folder)
     record = {"path": str(folder / PICTURE.name), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
-    for name in ("save_picture", "save_objects"):
+    for name in ("save_image", "save_objects"):
         path = next(event.fn for event in page.fns.values() if event.name == name)(record)
         assert Path(path).stat().st_size
         assert any(path in files for files in page.temp_file_sets)
@@ -223,14 +227,49 @@ def test_a_link_opens_the_page_with_prompt_and_settings(open_page, page_address)
     expect(other.locator("#seed input")).to_have_value("5")
 
 
-@pytest.mark.parametrize(
-    "query", ["max_new_tokens=many", "max_new_tokens=-1", "top_p=nan", "checkpoint=another", "x=1"]
-)
-def test_a_link_with_wrong_settings_opens_the_page_as_it_is(open_page, page_address, query):
-    tab = open_page(f"{page_address}?{query}")
+def test_of_a_link_with_wrong_settings_the_right_ones_are_taken(open_page, page_address):
+    tab = open_page(f"{page_address}?seed=1e400&top_p=nan&temperature=hot&checkpoint=another&x=1&max_new_tokens=77")
     expect(tab.locator(PROMPT)).to_have_value("caption en")
     tab.get_by_role("button", name="Settings ▼").click()
-    expect(tab.get_by_label("number input for Max new tokens")).to_have_value(str(app.DEFAULT_NEW_TOKENS))
+    expect(tab.get_by_label("number input for Max new tokens")).to_have_value("77")
+    expect(tab.locator("#seed input")).to_have_value("")
+
+
+def test_an_empty_seed_is_sent_as_none_and_a_typed_one_as_it_is(open_page, page_address):
+    sent = []
+
+    def seed_after(change):
+        change()
+        already = len(sent)
+        wait_until(lambda: tab.click("#run") or len(sent) > already, tab=tab)
+        return read_settings(sent[-1][-len(SETTINGS) :])["seed"]
+
+    def type_seed(text):
+        tab.locator("#seed input").fill(text)
+        tab.locator("#seed input").press("Tab")
+
+    def open_settings():
+        tab.get_by_role("button", name="Settings ▼").click()
+
+    def choose_example():
+        tab.locator("#examples").get_by_text("detect apple ; banana").click()
+        expect(tab.locator("#picture img")).to_be_visible()
+
+    def open_and_record(address):
+        tab = open_page(address)
+        tab.on("request", lambda request: "queue/join" in request.url and sent.append(request.post_data_json["data"]))
+        return tab
+
+    tab = open_and_record(page_address)
+    assert seed_after(choose_example) is None
+    assert seed_after(open_settings) is None
+    assert seed_after(lambda: type_seed("5")) == 5
+    assert seed_after(choose_example) == 5
+    assert seed_after(lambda: type_seed("")) is None
+    for query, seed in (("temperature=1", None), ("temperature=1&seed=5", 5)):
+        tab = open_and_record(f"{page_address}?{query}")
+        upload(tab, PICTURE)
+        assert seed_after(open_settings) == seed
 
 
 def test_history_brings_an_earlier_answer_back(open_page, page_address, tiny):
@@ -313,6 +352,14 @@ def test_a_file_that_is_no_picture_shows_a_sentence_and_leaves_the_page_usable(o
     upload(tab, PICTURE)
     tab.click("#run")
     expect(tab.locator(TEXT)).to_have_text(tiny.generate(PICTURE, "caption en"), timeout=20_000)
+
+
+def test_a_sentence_is_shown_as_it_is_written(open_page, page_address):
+    tab = open_page(page_address)
+    upload(tab, PICTURE)
+    ask(tab, "detect <image>")
+    sentence = "The prompt contains the reserved token <image>; please remove it."
+    expect(tab.get_by_text(sentence)).to_be_visible(timeout=20_000)
 
 
 def test_who_comes_while_the_model_loads_sees_how_far_it_is_and_is_answered(open_page, serve, tiny, monkeypatch):

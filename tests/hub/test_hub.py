@@ -1,5 +1,6 @@
 """Checkpoints from the Hub, which a server on this machine stands in for."""
 
+import json
 import re
 import shutil
 import time
@@ -94,15 +95,16 @@ def refusal(name=NAME, **options):
 
 def test_checkpoint_of_the_hub_answers_as_from_its_folder(hub):
     hub.add(NAME, EMBEDDED_FOLDER)
-    picture = Image.linear_gradient("L")
+    image = Image.linear_gradient("L")
     settings = {"prompt": "caption en", "max_new_tokens": 6}
-    expected = list(paligemma.load(EMBEDDED_FOLDER, device="cpu", dtype="float32").stream(picture, **settings))
+    expected = list(paligemma.load(EMBEDDED_FOLDER, device="cpu", dtype="float32").stream(image, **settings))
     assert expected
-    assert list(load().stream(picture, **settings)) == expected
+    assert list(load().stream(image, **settings)) == expected
 
 
 def test_only_the_files_that_loading_needs_are_fetched(hub, small, tmp_path):
     folder = shutil.copytree(small, tmp_path / "repository")
+    (folder / "generation_config.json").write_text("{}")
     for name in (
         "README.md",
         "flax_model.msgpack",
@@ -111,30 +113,107 @@ def test_only_the_files_that_loading_needs_are_fetched(hub, small, tmp_path):
         "tokenizer.model",
         "special_tokens_map.json",
         "original/model.safetensors",
+        INDEX_FILE,
+        "model-00001-of-00001.safetensors",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(bytes(1000))
     hub.add(NAME, folder)
     assert is_small(load())
-    assert hub.fetched() == {"config.json", "tokenizer.json", "model.safetensors"}
+    described = {"config.json", "generation_config.json", INDEX_FILE}
+    assert hub.fetched() == {*described, "tokenizer.json", "model.safetensors"}
     assert not any("original" in path for _, path, _ in hub.requests)
 
 
-def test_shards_are_fetched_with_their_index(hub, small, tmp_path):
-    folder = shutil.copytree(small, tmp_path / "repository")
-    shard = "model-00001-of-00001.safetensors"
-    (folder / "model.safetensors").rename(folder / shard)
-    (folder / INDEX_FILE).write_text(f'{{"weight_map": {{"any": "{shard}"}}}}')
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "model-00001-of-00001.safetensors",
+        "consolidated-1.safetensors",
+        "pytorch_model-00001-of-00001.safetensors",
+        "weights/[1].safetensors",
+    ],
+)
+def test_index_and_the_shards_that_it_lists_are_fetched(hub, small, tmp_path, shard):
+    folder = in_shards(shutil.copytree(small, tmp_path / "repository"), shard)
+    (folder / "model-00009-of-00009.safetensors").write_bytes(bytes(10))
     hub.add(NAME, folder)
     assert is_small(load())
-    assert hub.fetched() == {"config.json", "tokenizer.json", INDEX_FILE, shard}
+    assert hub.fetched() == {"config.json", "tokenizer.json", INDEX_FILE, shard.rpartition("/")[2]}
 
 
-def test_fetching_tells_how_far_it_is(hub, small):
+def in_shards(folder, shard):
+    """The same checkpoint with an index that lists one shard."""
+    (folder / shard).parent.mkdir(exist_ok=True)
+    (folder / "model.safetensors").rename(folder / shard)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"any": shard}}))
+    return folder
+
+
+def test_shard_that_the_repository_lacks_is_named(hub, small, tmp_path):
+    folder = in_shards(shutil.copytree(small, tmp_path / "repository"), "model-1.safetensors")
+    (folder / "model-1.safetensors").unlink()
+    hub.add(NAME, folder)
+    assert refusal() == f"{NAME} lacks model-1.safetensors, which its index lists; please choose another revision."
+
+
+def test_index_that_leaves_its_folder_is_refused(hub, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "repository")
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX_FILE).write_text('{"weight_map": {"any": "../secret.safetensors"}}')
+    hub.add(NAME, folder)
+    assert "lists files outside its folder" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "expected"),
+    [
+        (["model-q4_k.gguf"], None, "holds a GGUF file for llama.cpp"),
+        (
+            ["adapter_model.safetensors", "adapter_config.json"],
+            None,
+            "holds a LoRA adapter for google/base, and no whole",
+        ),
+        (["pytorch_model.bin"], {}, "holds its weights only in pickled form (pytorch_model.bin)"),
+        (["model.fp16.safetensors"], {}, "holds only a variant of its weights (model.fp16.safetensors)"),
+        (
+            ["model-00001-of-00002.safetensors"],
+            {},
+            f"holds shards (model-00001-of-00002.safetensors), but no {INDEX_FILE}",
+        ),
+        (["model.safetensors"], {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantized for gptq"),
+        (["model.safetensors"], {"quantization": {"bits": 4}}, "holds weights quantized for MLX"),
+    ],
+)
+def test_formats_of_other_programs_are_named_before_anything_large_is_fetched(hub, tmp_path, names, config, expected):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("tokenizer.json", *names):
+        (folder / name).write_bytes(bytes(10))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": "paligemma", **config}))
+    if "adapter_config.json" in names:
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/base"}')
+    hub.add(NAME, folder)
+    message = refusal()
+    assert message.startswith(f"{NAME} {expected}")
+    assert "; please " in message
+    assert hub.fetched() <= {"config.json", "adapter_config.json", INDEX_FILE}
+
+
+def test_adapter_beside_whole_weights_is_left_out_with_a_warning(hub, small, tmp_path, caplog):
+    folder = shutil.copytree(small, tmp_path / "repository")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/base"}')
+    hub.add(NAME, folder)
+    assert is_small(load())
+    assert f"{NAME}: the LoRA adapter beside the whole weights (for google/base) is not applied" in caplog.text
+
+
+def test_progress_of_fetching_goes_up_to_the_whole(hub, small):
     hub.add(NAME, small)
-    told = []
-    load(progress=lambda *what: told.append(what))
-    fractions = [fraction for doing, fraction in told if doing == f"Downloading {NAME}"]
+    reports = []
+    load(progress=lambda *report: reports.append(report))
+    fractions = [fraction for doing, fraction in reports if doing == f"Downloading {NAME}"]
     assert fractions[0] is None
     assert fractions[-1] == 1
     assert all(0 <= fraction <= 1 for fraction in fractions[1:])
@@ -163,19 +242,17 @@ def test_second_load_needs_no_hub_in_good_health(hub, small):
 
 
 @pytest.mark.parametrize("revision", ["v2", commit_of(NAME, "v2"), "refs/pr/1"])
-def test_revision_is_honoured_as_an_argument_and_after_the_name(hub, small, revision):
+def test_revision_after_the_name_is_honored(hub, small, revision):
     hub.add(NAME, EMBEDDED_FOLDER)
     hub.add(NAME, small, revision="v2")
     hub.add(NAME, small, revision="refs/pr/1")
-    assert is_small(load(revision=revision))
     assert is_small(load(f"{NAME}@{revision}"))
     assert not is_small(load())
 
 
-def test_revision_argument_goes_before_the_one_after_the_name(hub, small):
-    hub.add(NAME, EMBEDDED_FOLDER)
-    hub.add(NAME, small, revision="v2")
-    assert is_small(load(f"{NAME}@main", revision="v2"))
+def test_white_space_around_a_name_is_trimmed(hub, small):
+    hub.add(NAME, small)
+    assert is_small(load(f" {NAME}  "))
 
 
 def test_folder_of_the_same_name_goes_before_the_hub(hub, small, tmp_path, monkeypatch):
@@ -204,7 +281,7 @@ def test_gated_without_a_token_says_where_to_accept_and_to_set_one(hub, small):
     hub.gated = {NAME}
     message = refusal()
     assert f"{NAME} is a gated repository" in message
-    assert f"accept its licence at https://huggingface.co/{NAME} and set HF_TOKEN" in message
+    assert f"accept its license at https://huggingface.co/{NAME} and set HF_TOKEN" in message
 
 
 def test_gated_with_a_token_of_no_access_says_whose_account_must_accept(hub, small, monkeypatch):
@@ -216,7 +293,7 @@ def test_gated_with_a_token_of_no_access_says_whose_account_must_accept(hub, sma
     assert f"https://huggingface.co/{NAME} with the account that your HF_TOKEN belongs to" in message
 
 
-def test_token_without_the_permission_for_gated_repositories_is_told_so(hub, small, monkeypatch):
+def test_token_without_the_permission_for_gated_repositories_is_refused_with_a_way_out(hub, small, monkeypatch):
     hub.add(NAME, small)
     hub.forbidden = {NAME}
     monkeypatch.setenv("HF_TOKEN", STRANGER)
@@ -225,7 +302,9 @@ def test_token_without_the_permission_for_gated_repositories_is_told_so(hub, sma
     assert "set HF_TOKEN to a token that may read gated repositories" in message
 
 
-def test_missing_repository_without_a_token_says_to_check_the_name_or_set_one(hub):
+@pytest.mark.parametrize("answer", ["Invalid username or password.", "Invalid credentials in Authorization header"])
+def test_missing_repository_without_a_token_says_to_check_the_name_or_set_one(hub, answer):
+    hub.answer_about_unknown = answer
     message = refusal()
     assert f"The Hub knows no repository {NAME}" in message
     assert "check the name, and if it is a private one, set HF_TOKEN" in message
@@ -258,6 +337,48 @@ def test_no_network_and_nothing_in_the_cache_says_to_check_the_network(hub):
     message = refusal()
     assert f"{NAME} is not in the local cache and the Hub cannot be reached" in message
     assert "check the network" in message
+
+
+def test_offline_mode_and_nothing_in_the_cache_says_so(hub, small, monkeypatch):
+    hub.add(NAME, small)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert refusal() == (
+        f"{NAME} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; please unset that."
+    )
+    assert hub.requests == []
+
+
+def test_offline_mode_takes_what_is_in_the_cache(hub, small, monkeypatch):
+    hub.add(NAME, small)
+    load()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert is_small(load())
+
+
+def test_cache_that_knows_no_list_of_files_is_enough(hub, small, tmp_path):
+    hub.add(NAME, small)
+    load()
+    hub.close()
+    for trees in (tmp_path / "cache").glob("*/trees"):
+        shutil.rmtree(trees)
+    huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    assert is_small(load())
+
+
+def test_download_that_ended_early_is_not_taken_for_whole_without_network(hub, small):
+    hub.add(NAME, small)
+    hub.failing = ("/model.safetensors",)
+    refusal()
+    hub.close()
+    assert f"{NAME} is not in the local cache and the Hub cannot be reached" in refusal()
+
+
+def test_cache_that_cannot_be_written_to_is_named(hub, small, tmp_path):
+    hub.add(NAME, small)
+    (tmp_path / "cache").write_text("a file")
+    message = refusal()
+    assert message.startswith(f"{NAME} cannot be stored (")
+    assert message.endswith("please set HF_HOME to a place with space for it.")
 
 
 @pytest.mark.parametrize("part", ["/revision/", "/tree/", "/config.json", "/model.safetensors"])

@@ -82,7 +82,7 @@ def test_decode_with_cache_equals_full_forward(load_both, kv_heads):
         next_id = logits.argmax(-1, keepdim=True)
         chosen.add(next_id.item())
         input_ids = torch.cat((input_ids, next_id), dim=1)
-        logits = model.decode(next_id, cache)
+        logits = model.decode(next_id, cache, input_ids.shape[1])
     assert len(chosen) > steps // 2, "a model that repeats itself proves nothing"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import time
 
 import numpy as np
 import pytest
@@ -18,10 +20,14 @@ PIECES = [
     "<loc1023>",
     "<loc0512>",
     CAT_BOX,
+    f"{CAT_BOX} {'<seg003>' * 16} wall",
     "<seg001>",
     "<seg002>" * 16,
     " cat",
+    "кот, 猫's",
     " ;",
+    " ",
+    "</s>",
     "<",
     "loc",
     "9",
@@ -38,10 +44,45 @@ def test_a_box_is_put_on_the_picture_whatever_its_shape():
     assert CAT.in_pixels(width=800, height=400) == (100, 100, 600, 200)
 
 
-def test_masks_are_found_with_their_boxes():
+@pytest.mark.parametrize("before_codes", ["", " ", "\n", " \t\n "])
+@pytest.mark.parametrize("before_label", ["", " ", "\n", " \n  "])
+@pytest.mark.parametrize("end", ["", " ", "\n", ";", " ; ", " ; <loc0000>", "</s>", "\nthat is all"])
+def test_box_codes_and_label_may_have_any_white_space_between(before_codes, before_label, end):
     codes = range(100, 116)
-    text = CAT_BOX + "".join(f"<seg{code:03d}>" for code in codes) + " cat"
+    text = CAT_BOX + before_codes + "".join(f"<seg{code:03d}>" for code in codes) + before_label + "cat" + end
     assert find_detections(text) == [Detection("cat", CAT.box, tuple(codes))]
+    assert find_detections(f"{CAT_BOX}{before_label}cat{end}") == [CAT]
+
+
+def test_an_official_segmentation_answer_is_read_whole():
+    first, second = ("".join(f"<seg{code:03d}>" for code in range(start, start + 16)) for start in (97, 3))
+    text = f"<loc0000><loc0000><loc0930><loc1012> {first} wall ; <loc0722><loc0008><loc1023><loc0600> {second} wall"
+    answer = AnnotatedText(text)
+    answer.finish()
+    assert answer.detections == [
+        Detection("wall", (0.0, 0.0, 930 / 1024, 1012 / 1024), tuple(range(97, 113))),
+        Detection("wall", (722 / 1024, 8 / 1024, 1023 / 1024, 600 / 1024), tuple(range(3, 19))),
+    ]
+    assert answer.problems == []
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "hot dog",
+        "red, green and blue",
+        "dog's bowl",
+        "2nd bus (no. 42)",
+        "кот",
+        "猫",
+        "قطة",
+        "बिल्ली",
+        "a/b: 50%",
+        "e\u0301",
+    ],
+)
+def test_labels_hold_what_people_write(label):
+    assert find_detections(f"{CAT_BOX} {label} ; {CAT_BOX}{label}") == [Detection(label, CAT.box)] * 2
 
 
 @pytest.mark.parametrize("codes", ["<seg007>" * 15, "<seg007>" * 15 + "<seg128>"])
@@ -56,20 +97,22 @@ def test_of_too_many_codes_the_first_count():
 def test_an_answer_is_divided_into_its_objects_and_what_is_between():
     answer = AnnotatedText(f"I see {CAT_BOX} cat ; {CAT_BOX}<seg007> dog")
     answer.finish()
-    assert [part.text for part in answer.parts] == ["I see ", f"{CAT_BOX} cat", " ;", " ", f"{CAT_BOX}<seg007> dog"]
+    assert [part.text for part in answer.parts] == ["I see ", f"{CAT_BOX} cat", " ; ", f"{CAT_BOX}<seg007> dog"]
     assert answer.detections == [CAT, Detection("dog", CAT.box)]
     assert answer.problems == ["a mask of 1 instead of 16 codes below 128"]
 
 
-def test_an_object_appears_with_the_token_that_completes_it():
+@pytest.mark.parametrize("seam", ["", " "])
+def test_an_object_appears_with_the_token_that_completes_it(seam):
     answer = AnnotatedText()
     seen = []
-    for token in [*(f"<loc{place}>" for place in ("0256", "0128", "0512", "0768")), *["<seg007>"] * 16, " cat"]:
+    box = [f"<loc{place}>" for place in ("0256", "0128", "0512", "0768")]
+    for token in [*box, f"{seam}<seg007>", *["<seg007>"] * 15, " cat"]:
         answer.push(token)
         assert answer.problems == [], "nothing is broken that can still get whole"
         seen.append(answer.detections)
-    assert seen[:3] == [[]] * 3
-    assert seen[3:19] == [[Detection("", CAT.box)]] * 16
+    assert seen[:4] == [[]] * 4, "a fifth location would make it no box"
+    assert seen[4:19] == [[Detection("", CAT.box)]] * 15
     assert seen[19:] == [[Detection("", CAT.box, (7,) * 16)], [Detection("cat", CAT.box, (7,) * 16)]]
 
 
@@ -80,6 +123,9 @@ def test_an_object_appears_with_the_token_that_completes_it():
         ("<loc0512><loc0128><loc0256><loc0768> cat", "a box that ends before it begins"),
         ("<loc0512><loc0128><loc0512><loc0768> cat", "a box that ends before it begins"),
         ("<loc0000><loc0128><loc9999><loc0768> cat", "a box that reaches out of the picture"),
+        (f"{CAT_BOX}<loc0001>", "a box of 5 instead of 4 locations"),
+        (f"{CAT_BOX}<loc0001><loc0002> cat", "a box of 6 instead of 4 locations"),
+        (f"<loc0001><loc0002> {CAT_BOX[:18]} cat", "a box of 2 instead of 4 locations"),
         ("<seg007>" * 16, "a box of 0 instead of 4 locations"),
     ],
 )
@@ -87,8 +133,29 @@ def test_broken_boxes_are_left_out_and_told(text, problem):
     answer = AnnotatedText(text)
     answer.finish()
     assert answer.detections == []
-    assert answer.problems == [problem]
+    assert set(answer.problems) == {problem}
     assert find_detections(f"{text} ; {CAT_BOX} cat") == [CAT], "the next one is read all the same"
+
+
+def test_boxes_in_one_run_are_as_many_as_they_have_locations_for():
+    unnamed = Detection("", CAT.box)
+    assert find_detections(f"{CAT_BOX * 3} cat ; {CAT_BOX * 2}") == [unnamed, unnamed, CAT, unnamed, unnamed]
+
+
+@pytest.mark.parametrize("words", ["", " cat", " cat ;"], ids=["one run", "labels", "official"])
+def test_reading_a_long_answer_token_by_token_takes_time_for_the_new_text_only(words):
+    def seconds(boxes):
+        tokens, best = re.findall(r"<\w+>| \S+", f"{CAT_BOX}{words}" * boxes), float("inf")
+        for _ in range(3):
+            answer, start = AnnotatedText(), time.perf_counter()
+            for token in tokens:
+                answer.push(token)
+            answer.finish()
+            best = min(best, time.perf_counter() - start)
+            assert len(answer.detections) == boxes
+        return best
+
+    assert seconds(2048) < 16 * seconds(256), "eight times the text"
 
 
 def test_plain_answers_have_no_objects():
@@ -107,7 +174,9 @@ def test_no_answer_breaks_the_reading(pieces):
         before = found
     answer.finish()
     assert "".join(part.text for part in answer.parts) == "".join(pieces)
-    assert answer.detections == find_detections("".join(pieces))
+    whole = AnnotatedText("".join(pieces))
+    whole.finish()
+    assert answer.parts == whole.parts
     for detection in answer.detections:
         y_min, x_min, y_max, x_max = detection.box
         assert 0 <= y_min < y_max < 1

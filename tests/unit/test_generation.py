@@ -9,32 +9,33 @@ import pytest
 import torch
 from conftest import EXAMPLES
 from PIL import Image, ImageOps
+from random_checkpoints import make_reference, save_reference
 
 import paligemma
 from paligemma import PaliGemmaError
 from paligemma.generation import MAX_FEATURE_BYTES, FeatureCache
-from paligemma.kv_cache import KVCache, StaticKVCache
+from paligemma.kv_cache import KVCache
 
-PICTURE = EXAMPLES / "cats.png"
+IMAGE = EXAMPLES / "cats.png"
 
 
 def test_joined_tokens_are_the_answer(tiny):
-    tokens = list(tiny.stream(PICTURE, "caption en"))
-    assert "".join(token.text for token in tokens) == tiny.generate(PICTURE, "caption en")
+    tokens = list(tiny.stream(IMAGE, "caption en"))
+    assert "".join(token.text for token in tokens) == tiny.generate(IMAGE, "caption en")
     assert all(0 < token.probability <= 1 for token in tokens)
     assert not set(tiny.config.eos_token_ids) & {token.id for token in tokens}
 
 
 def test_probability_is_the_models_own_whatever_the_sampler(tiny):
-    greedy = next(tiny.stream(PICTURE, "caption en"))
-    cold = next(tiny.stream(PICTURE, "caption en", temperature=0.01, top_k=1, seed=0))
+    greedy = next(tiny.stream(IMAGE, "caption en"))
+    cold = next(tiny.stream(IMAGE, "caption en", temperature=0.01, top_k=1, seed=0))
     assert cold.id == greedy.id
     assert cold.probability == pytest.approx(greedy.probability)
 
 
 def test_the_same_seed_gives_the_same_text(long_winded):
     def sample(seed):
-        return long_winded.generate(PICTURE, "caption en", max_new_tokens=8, temperature=1.5, seed=seed)
+        return long_winded.generate(IMAGE, "caption en", max_new_tokens=8, temperature=1.5, seed=seed)
 
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(1, 5)}) > 1
@@ -42,38 +43,50 @@ def test_the_same_seed_gives_the_same_text(long_winded):
 
 
 def test_max_new_tokens_bounds_the_answer(long_winded):
-    assert len(list(long_winded.stream(PICTURE, "caption en", max_new_tokens=5))) == 5
+    assert len(list(long_winded.stream(IMAGE, "caption en", max_new_tokens=5))) == 5
 
 
-@pytest.mark.parametrize("max_new_tokens", [0, -1, 1.5, 100_000, None, "5", float("nan")])
+@pytest.mark.parametrize(
+    "max_new_tokens", [0, -1, 1.5, 100_000, None, "5", float("nan"), 10**400, pytest.param(10**5000, id="5001 digits")]
+)
 def test_max_new_tokens_out_of_range_is_refused(tiny, max_new_tokens):
     context, prompt = tiny.config.text.max_position_embeddings, len(tiny.processor.input_ids("caption en"))
     with pytest.raises(
         PaliGemmaError, match=f"^max_new_tokens is .*please give a whole number from 1 to {context - prompt}\\.$"
     ):
-        tiny.stream(PICTURE, "caption en", max_new_tokens=max_new_tokens)
+        tiny.stream(IMAGE, "caption en", max_new_tokens=max_new_tokens)
 
 
 @pytest.mark.parametrize(
-    "setting", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"seed": -1}, {"seed": 2**70}, {"seed": "x"}]
+    "setting",
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"seed": 10**5000},
+        {"seed": float("inf")},
+        {"seed": "x"},
+    ],
 )
 def test_settings_out_of_range_are_refused(tiny, setting):
-    with pytest.raises(PaliGemmaError, match=next(iter(setting))):
-        tiny.stream(PICTURE, "caption en", **setting)
+    with pytest.raises(PaliGemmaError, match=f"^{next(iter(setting))} is .{{1,50}}; please give"):
+        tiny.stream(IMAGE, "caption en", **setting)
 
 
 def test_errors_come_at_the_call_and_not_at_the_first_token(tiny, tmp_path):
     with pytest.raises(PaliGemmaError, match="no file"):
         tiny.stream(tmp_path / "nowhere.png", "caption en")
     with pytest.raises(PaliGemmaError, match="prompt is empty"):
-        tiny.stream(PICTURE, "")
+        tiny.stream(IMAGE, "")
 
 
-def test_what_is_no_picture_is_refused(tiny, tmp_path):
+def test_what_is_no_image_is_refused(tiny, tmp_path):
     with pytest.raises(PaliGemmaError, match="please give a Pillow picture or a path"):
         tiny.stream(None, "caption en")
     cut = tmp_path / "cut.png"
-    cut.write_bytes(PICTURE.read_bytes()[:2000])
+    cut.write_bytes(IMAGE.read_bytes()[:2000])
     with pytest.raises(PaliGemmaError, match="please save it anew"):
         tiny.stream(Image.open(cut), "caption en")
 
@@ -84,17 +97,41 @@ def test_too_little_memory_is_explained(tiny, monkeypatch):
 
     monkeypatch.setattr(tiny.model, "prefill", run_out)
     with pytest.raises(PaliGemmaError, match="memory of cpu is too small; please choose"):
-        tiny.generate(PICTURE, "caption en")
+        tiny.generate(IMAGE, "caption en")
 
 
-def test_a_pillow_picture_answers_like_its_file(tiny):
-    assert tiny.generate(Image.open(PICTURE), "caption en") == tiny.generate(str(PICTURE), "caption en")
+def test_a_pillow_image_answers_like_its_file(tiny):
+    assert tiny.generate(Image.open(IMAGE), "caption en") == tiny.generate(str(IMAGE), "caption en")
 
 
 def test_streaming_leaves_the_callers_gradients_alone(tiny):
-    for _ in tiny.stream(PICTURE, "caption en", max_new_tokens=2):
+    for _ in tiny.stream(IMAGE, "caption en", max_new_tokens=2):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 0}], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_are_explained(tiny, monkeypatch, value, settings):
+    """As of a checkpoint whose activations overflow in float16."""
+
+    def overflow(*_):
+        logits = torch.zeros(1, tiny.config.text.vocab_size)
+        logits[0, tiny.config.eos_token_ids[0]] = value
+        return logits
+
+    monkeypatch.setattr(tiny.model, "prefill", overflow)
+    with pytest.raises(PaliGemmaError, match=r"^The logits are not finite in float32; please choose .*bfloat16"):
+        tiny.generate(IMAGE, "caption en", **settings)
+
+
+def test_a_float16_checkpoint_that_overflows_is_explained(tmp_path):
+    reference = make_reference(std=0.2)
+    with torch.no_grad():
+        reference.model.multi_modal_projector.linear.weight *= 1e5
+    vlm = paligemma.load(save_reference(reference, tmp_path / "large"), dtype="float16")
+    with pytest.raises(PaliGemmaError, match=r"^The logits are not finite in float16; please choose .*bfloat16"):
+        vlm.generate(IMAGE, "caption en")
 
 
 @pytest.mark.parametrize("prompt_words", [1, 30])
@@ -107,7 +144,7 @@ def test_a_step_attends_without_a_mask_and_without_copies_of_the_cache(long_wind
         return attention(queries, keys, values, attn_mask=attn_mask, **rest)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
-    list(long_winded.stream(PICTURE, "caption en" + " cat" * prompt_words, max_new_tokens=4))
+    list(long_winded.stream(IMAGE, "caption en" + " cat" * prompt_words, max_new_tokens=4))
     layers = long_winded.config.text.num_hidden_layers
     decoder = calls[-4 * layers :]
     assert all(mask is None for _, _, mask, _ in calls)
@@ -117,61 +154,61 @@ def test_a_step_attends_without_a_mask_and_without_copies_of_the_cache(long_wind
         assert len(pointers) == 1, "the cache stays where it is"
 
 
-# --- the eye's cache
+# --- the cache of image features
 
 
 @pytest.fixture
-def eye_calls(tiny, monkeypatch):
-    """A list that grows with every picture that the eye looks at."""
-    calls, look = [], tiny.model.image_features
+def encoder_runs(tiny, monkeypatch):
+    """A list that grows with every run of the vision encoder."""
+    runs, image_features = [], tiny.model.image_features
 
     def record(pixel_values):
-        calls.append(pixel_values)
-        return look(pixel_values)
+        runs.append(pixel_values)
+        return image_features(pixel_values)
 
     monkeypatch.setattr(tiny.model, "image_features", record)
     monkeypatch.setattr(tiny, "_features", FeatureCache(MAX_FEATURE_BYTES))
-    return calls
+    return runs
 
 
-def test_a_second_prompt_about_a_picture_starts_without_the_eye(tiny, eye_calls, tmp_path):
-    first = tiny.generate(PICTURE, "caption en")
-    tiny.generate(PICTURE, "detect cat")
-    shutil.copy(PICTURE, tmp_path / "the same.png")
+def test_a_second_prompt_about_an_image_runs_no_encoder(tiny, encoder_runs, tmp_path):
+    first = tiny.generate(IMAGE, "caption en")
+    tiny.generate(IMAGE, "detect cat")
+    shutil.copy(IMAGE, tmp_path / "the same.png")
     assert tiny.generate(tmp_path / "the same.png", "caption en") == first
-    assert len(eye_calls) == 1
-    tiny.generate(ImageOps.mirror(Image.open(PICTURE).convert("RGB")), "caption en")
-    assert len(eye_calls) == 2
+    assert len(encoder_runs) == 1
+    tiny.generate(ImageOps.mirror(Image.open(IMAGE).convert("RGB")), "caption en")
+    assert len(encoder_runs) == 2
 
 
-def test_a_changed_eye_looks_again(eye_calls, tiny):
+def test_an_encoder_whose_weights_changed_runs_again(encoder_runs, tiny):
     bias = tiny.model.vision_tower.post_layernorm.bias
-    tiny.generate(PICTURE, "caption en")
+    tiny.generate(IMAGE, "caption en")
     bias += 1
-    tiny.generate(PICTURE, "caption en")
+    tiny.generate(IMAGE, "caption en")
     bias -= 1
-    assert len(eye_calls) == 2
+    assert len(encoder_runs) == 2
 
 
-def test_the_eyes_cache_keeps_the_latest_pictures_within_its_bytes():
-    cache, looked = FeatureCache(max_bytes=2 * 4 * 10), []
+def test_the_feature_cache_keeps_the_latest_images_within_its_bytes():
+    cache, computed = FeatureCache(max_bytes=2 * 4 * 10), []
 
     def get(value):
         def compute():
-            looked.append(value)
+            computed.append(value)
             return torch.full((10,), float(value))
 
         return cache.get(value, compute)
 
     for value in (1, 2, 1, 3, 1, 2):  # 3 pushes out 2, which was asked for before 1
         assert torch.equal(get(value), torch.full((10,), float(value)))
-    assert looked == [1, 2, 3, 2]
+    assert computed == [1, 2, 3, 2]
 
 
 def test_features_larger_than_the_cache_are_not_kept():
     cache = FeatureCache(max_bytes=4)
     for _ in range(2):
-        assert cache.get("a picture", lambda: torch.ones(10)).sum() == 10
+        assert cache.get("an image", lambda: torch.ones(10)).sum() == 10
     assert not cache._features
 
 
@@ -179,39 +216,41 @@ def test_features_larger_than_the_cache_are_not_kept():
 
 
 @pytest.fixture
-def compiled():
-    """The embedded checkpoint with its step as one graph, on a back end that needs no compiler; recompiling fails."""
+def compiled(monkeypatch):
+    """The embedded checkpoint with its step as one graph, by a backend that needs no compiler; recompiling fails."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, mode, **rest: compile(step, backend="aot_eager", **rest))
     torch._dynamo.reset()
     vlm = paligemma.load()
-    vlm.compile(backend="aot_eager")
+    vlm.compile()
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield vlm
     torch._dynamo.reset()
 
 
-def test_a_step_is_one_graph_for_all_lengths(compiled, tiny):
+def test_a_compiled_step_is_one_graph_for_all_lengths(compiled, tiny):
     input_ids = torch.tensor([tiny.processor.input_ids("caption en")])
     features = torch.zeros(1, tiny.config.vision.num_patches, tiny.config.text.hidden_size)
-    cache = StaticKVCache(tiny.config.text, 1, 512, torch.float32, "cpu")
-    growing = KVCache(tiny.config.text, 1, 512, torch.float32, "cpu")
+    cache, other = (KVCache(tiny.config.text, 1, 512, torch.float32, "cpu") for _ in range(2))
+    cache.mark_static()
     with torch.inference_mode():
-        logits, expected = (compiled.model.prefill(features, input_ids, one) for one in (cache, growing))
-        for _ in range(64):
+        logits, expected = (compiled.model.prefill(features, input_ids, one) for one in (cache, other))
+        for length in range(input_ids.shape[1] + 1, input_ids.shape[1] + 65):
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
             token_id = expected.argmax(-1)
-            logits = compiled._decode(token_id, cache)
-            expected = tiny.model.decode(token_id[:, None], growing)
+            logits = compiled._decode(token_id, cache, length)
+            expected = tiny.model.decode(token_id[:, None], other, length)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_compiled_answers_are_the_same_also_side_by_side(compiled, tiny):
     prompts = ["caption en", "detect cat"]
-    streams = [compiled.stream(PICTURE, prompt) for prompt in prompts]
+    streams = [compiled.stream(IMAGE, prompt) for prompt in prompts]
     texts = ["", ""]
     for tokens in itertools.zip_longest(*streams):
         for number, token in enumerate(tokens):
             texts[number] += token.text if token else ""
-    assert texts == [tiny.generate(PICTURE, prompt) for prompt in prompts]
+    assert texts == [tiny.generate(IMAGE, prompt) for prompt in prompts]
     assert [len(free) for free in compiled._free_caches.values()] == [2]  # for the next requests
 
 

@@ -86,12 +86,26 @@ def test_a_damaged_file_is_named(tmp_path, name):
         MaskDecoder.load(tmp_path / name)
 
 
-def test_a_file_that_lacks_a_tensor_is_named(tmp_path):
+def test_a_file_that_lacks_a_tensor_or_codes_is_named(tmp_path):
     arrays = official_arrays(np.random.default_rng(0), width=32, code_width=8)
-    del arrays["decoder.12.bias"]
-    np.savez(tmp_path / "vae-oid.npz", **arrays)
-    with pytest.raises(PaliGemmaError, match=r"decoder\.12\.bias"):
-        MaskDecoder.load(tmp_path / "vae-oid.npz")
+    lacking = {name: value for name, value in arrays.items() if name != "decoder.12.bias"}
+    few_codes = {**arrays, "_vq_vae._embedding": arrays["_vq_vae._embedding"][:100]}
+    for changed, problem in ((lacking, r"decoder\.12\.bias"), (few_codes, "has 100 rows, expected 128")):
+        np.savez(tmp_path / "vae-oid.npz", **changed)
+        with pytest.raises(PaliGemmaError, match=problem):
+            MaskDecoder.load(tmp_path / "vae-oid.npz")
+
+
+def test_damage_anywhere_in_a_file_is_a_sentence(tmp_path):
+    path = tmp_path / "vae-oid.npz"
+    np.savez_compressed(path, **official_arrays(np.random.default_rng(0), width=16, code_width=8))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(0, 2000, 20)] = rng.integers(0, 256, 20)
+        path.write_bytes(damaged.tobytes())
+        with pytest.raises(PaliGemmaError, match=r"vae-oid\.npz"):
+            MaskDecoder.load(path)
 
 
 def test_a_checkpoint_decodes_masks_with_the_file_beside_it(long_winded, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -43,6 +45,21 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature):
     assert Sampler(temperature)(torch.tensor([[1.0, 5.0, 20.0, -3.0]])).tolist() == [2]
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 1e-300, Fraction(1, 10**400)])
+def test_a_top_p_near_zero_takes_the_likeliest(top_p):
+    logits = torch.randn(3, 50)
+    assert Sampler(1.0, top_p=top_p)(logits).equal(logits.argmax(-1))
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 10**400}, {"top_k": 1e300}, {"top_p": Fraction(1)}])
+def test_a_filter_that_leaves_nothing_out_is_off(settings):
+    logits = torch.randn(64, 50)
+    drawn, expected = (
+        Sampler(Fraction(3, 2), **chosen)(logits, torch.Generator().manual_seed(0)) for chosen in (settings, {})
+    )
+    assert drawn.equal(expected)
+
+
 def test_top_k_of_one_takes_the_likeliest():
     logits = torch.randn(3, 50)
     assert Sampler(2.0, top_k=1)(logits).equal(logits.argmax(-1))
@@ -69,18 +86,24 @@ def test_top_k_spares_the_sort_of_the_vocabulary():
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
+        {"temperature": 10**400},
+        {"temperature": 10**5000},
+        {"temperature": Fraction(10**400)},
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": float("nan")},
+        {"top_p": 10**400},
         {"temperature": None},
         {"temperature": "hot"},
         {"top_k": float("inf")},
+        {"top_k": -(10**5000)},
+        {"top_k": "9" * 1000},
         {"top_k": None},
         {"top_p": True},
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(settings):
-    with pytest.raises(PaliGemmaError, match=f"^{next(iter(settings))} is .*please give"):
+    with pytest.raises(PaliGemmaError, match=f"^{next(iter(settings))} is .{{1,50}}; please give"):
         Sampler(**settings)

@@ -61,7 +61,12 @@ def test_labels_are_the_next_tokens_of_the_answer_only(tiny):
 
 @pytest.mark.parametrize(
     ("answer", "sentence"),
-    [("a cat<eos>", "reserved token <eos>"), ("<image> a cat", "reserved token <image>"), ("cat " * 800, "too long")],
+    [
+        ("a<eos>", "contains <eos>"),
+        ("<image>", "contains <image>"),
+        ("cat " * 800, "too long"),
+        (None, "not valid text"),
+    ],
 )
 def test_an_answer_that_cannot_be_learned_is_refused(tiny, answer, sentence):
     with pytest.raises(PaliGemmaError, match=sentence):

@@ -1,0 +1,112 @@
+"""From the name of a checkpoint to a model that answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..config import PaliGemmaConfig, PaliGemmaError
+from ..generation import VisionLanguageModel, explained_lack_of_memory
+from ..hardware import available_cores, check_dtype, choose_device, choose_dtype, keep_freed_memory
+from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
+from ..mask_decoder import MaskDecoder
+from ..model import PaliGemma
+from ..processor import Processor
+from .formats import CONFIG_FILE, check_format
+from .hub import download
+from .quantized import load_int8_weights
+from .weights import Progress, check_tensors, find_tensors, ignore, load_weights, resolve_output_layer, weight_files
+
+EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny"
+
+
+def load(
+    source: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = "auto",
+    compile: bool = False,
+    progress: Progress = ignore,
+    make_room: Callable[[int], object] = ignore,
+) -> VisionLanguageModel:
+    """Load a checkpoint and all that it takes to use it.
+
+    Args:
+        source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
+            branch, tag or commit may follow: `google/paligemma-3b-mix-224@bfloat16`.
+        device: where to run; None takes a GPU if there is one.
+        dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
+            are kept next to the Hub's cache, so that they are made once.
+        compile: compile the step that makes a token (CUDA), see `VisionLanguageModel.compile`.
+        progress: called as the work goes on, from this thread or another, see `Progress`.
+        make_room: called with the bytes that the weights will take, before they are read.
+
+    Raises:
+        PaliGemmaError: the checkpoint cannot be found, reached, read or run; the sentence says what to do.
+    """
+    device = choose_device(device)
+    dtype = None if dtype in (None, "auto") else check_dtype(dtype, device)
+    if compile and device.type != "cuda":
+        raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
+    folder = find_folder(source, progress)
+    processor = Processor.from_file(PaliGemmaConfig.from_file(folder / CONFIG_FILE), folder / "tokenizer.json")
+    config, tensors = resolve_output_layer(processor.config, find_tensors(weight_files(folder)))
+    with torch.device("meta"), WithoutInitialization():
+        model = PaliGemma(config)
+    check_tensors(model, tensors, folder)
+    if device.type == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = dtype or choose_dtype(device, parameters)
+    make_room(parameters * dtype.itemsize)
+    with explained_lack_of_memory(device):
+        if dtype == torch.int8:
+            load_int8_weights(model, tensors, progress)
+        else:
+            load_weights(model, tensors, dtype, device, progress)
+    keep_freed_memory()
+    vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
+    if compile:
+        vlm.compile()
+    return vlm
+
+
+def find_folder(source: str | os.PathLike | None, progress: Progress = ignore) -> Path:
+    """The folder that holds a checkpoint's files, fetched from the Hub if need be.
+
+    Raises:
+        PaliGemmaError: there is no such folder, the Hub does not give it, or it is of a format that cannot be read.
+    """
+    if source is None:
+        return EMBEDDED_FOLDER
+    for name in (source, str(source).strip()):
+        folder = Path(os.path.expanduser(name))
+        if folder.is_dir():
+            check_format(str(folder), folder, os.listdir(folder))
+            return folder
+    repository, _, revision = str(source).strip().partition("@")
+    if folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") != 1:
+        raise PaliGemmaError(f"There is no folder {source}; please give a folder or a Hub id such as owner/name.")
+    return download(repository, revision or None, progress)
+
+
+def find_mask_decoder(folder: Path) -> MaskDecoder | None:
+    """The decoder of masks that lies beside a checkpoint, if one does."""
+    for name in MASK_DECODER_FILES:
+        if (folder / name).exists():
+            return MaskDecoder.load(folder / name)
+    return None
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Builds modules without drawing weights that are about to be replaced; drawing on `meta` alone takes seconds."""
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))

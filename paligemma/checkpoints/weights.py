@@ -1,0 +1,202 @@
+"""The weights of a checkpoint: which safetensors files hold them, under which keys, and how they get into a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from ..config import PaliGemmaConfig, PaliGemmaError
+from ..model import PaliGemma
+from .formats import INDEX_FILE, SINGLE_FILE, foreign_tensors
+
+EMBEDDING = "language_model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+COMPUTED_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")  # tables in older files, which the model computes
+UNUSED_PREFIX = "vision_tower.head."  # a pooling head that SigLIP has and PaliGemma does not use
+# How safetensors names what torch calls otherwise.
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+# The names of a model's parameters, each with the file that holds it and its key there.
+Tensors = dict[str, tuple[Path, str]]
+# Called with what is being done and how much of it is, 0 to 1, or None if that is not known.
+Progress = Callable[[str, float | None], None]
+
+
+def ignore(*_: object) -> None:
+    """What callbacks are where nobody listens."""
+
+
+def weight_names(folder: Path, names: Collection[str]) -> list[str]:
+    """The safetensors files of a checkpoint: the single one, as in transformers, or the shards that its index lists.
+
+    Args:
+        folder: where the index is, if there is one.
+        names: all files that the checkpoint has.
+
+    Raises:
+        PaliGemmaError: neither is there, or the index is damaged.
+    """
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE]
+    if INDEX_FILE not in names:
+        raise PaliGemmaError(f"{folder / SINGLE_FILE} is missing; please fetch the checkpoint again.")
+    index = folder / INDEX_FILE
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        inside = [not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in shards]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PaliGemmaError(f"{index} is not an index of shards; please fetch the checkpoint again.") from error
+    if not shards:
+        raise PaliGemmaError(f"{index} lists no shards; please fetch the checkpoint again.")
+    if not all(inside) or any("\\" in name or ":" in name for name in shards):
+        raise PaliGemmaError(f"{index} lists files outside its folder; please do not use this checkpoint.")
+    return shards
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `weight_names` lists; raises PaliGemmaError also if one is missing."""
+    files = [folder / name for name in weight_names(folder, os.listdir(folder))]
+    for file in files:
+        if not file.exists():
+            raise PaliGemmaError(f"{file} is missing; please fetch the checkpoint again.")
+    return files
+
+
+def find_tensors(files: Collection[Path]) -> Tensors:
+    """All tensors of some files that a PaliGemma may have.
+
+    Raises:
+        PaliGemmaError: a file is damaged, or written by and for other programs.
+    """
+    found: Tensors = {}
+    for file in files:
+        with open_file(file) as mapped:
+            if content := foreign_tensors(mapped.keys(), mapped.metadata()):
+                raise PaliGemmaError(f"{file} holds {content}.")
+            for key in mapped.keys():
+                name = canonical_name(key)
+                if not name.startswith(UNUSED_PREFIX) and not name.endswith(COMPUTED_SUFFIXES):
+                    found[name] = file, key
+    return found
+
+
+def resolve_output_layer(config: PaliGemmaConfig, tensors: Tensors) -> tuple[PaliGemmaConfig, Tensors]:
+    """Say in `config` whether the output layer is the token embedding, and name each of the two that there is once.
+
+    The weights decide: an output layer that differs from the embedding was trained apart, one that equals it is left out.
+    One that is stored in the embedding's place is the embedding.
+    """
+    if OUTPUT not in tensors:
+        return config, tensors
+    rest = {name: place for name, place in tensors.items() if name != OUTPUT}
+    if EMBEDDING not in tensors and config.tie_word_embeddings:
+        return config, {EMBEDDING: tensors[OUTPUT], **rest}
+    is_tied = EMBEDDING in tensors and _are_equal(read_tensor(*tensors[EMBEDDING]), read_tensor(*tensors[OUTPUT]))
+    return replace(config, tie_word_embeddings=is_tied), rest if is_tied else tensors
+
+
+def check_tensors(model: PaliGemma, tensors: Tensors, where: Path) -> None:
+    """Raise PaliGemmaError unless `tensors` are the parameters of `model`, all of them and in their shapes."""
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, (file, key) in tensors.items():
+        if name not in expected:
+            raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
+    for file in dict.fromkeys(file for file, _ in tensors.values()):
+        with open_file(file) as mapped:
+            for name, (of, key) in tensors.items():
+                shape = mapped.get_slice(key).get_shape() if of == file else expected[name]
+                if shape != expected[name]:
+                    raise PaliGemmaError(f"{file}: {key} has the shape {shape}, expected {expected[name]}.")
+    if missing := [name for name in expected if name not in tensors]:
+        raise PaliGemmaError(
+            f"{where} lacks {len(missing)} tensors, the first is {official_name(missing[0])} of shape "
+            f"{expected[missing[0]]}; please fetch the checkpoint again."
+        )
+
+
+def load_weights(
+    model: PaliGemma, tensors: Tensors, dtype: torch.dtype, device: torch.device, progress: Progress = ignore
+) -> None:
+    """Put `tensors` into `model`, which was built on `meta`.
+
+    On a CPU, tensors that already have the right dtype stay where they are: they are views of the mapped file. Others
+    are cast one by one, each through a mapping of its own, so that what has been read does not stay resident.
+    """
+    mapped = {file: open_file(file) for file in {file for file, _ in tensors.values()}}
+    for number, (name, (file, key)) in enumerate(tensors.items()):
+        progress("Reading the weights", number / len(tensors))
+        if mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
+            tensor = mapped[file].get_tensor(key)
+        else:
+            tensor = read_tensor(file, key).to(dtype)  # before it is moved, since not every device knows float8
+        set_by_name(model, name, nn.Parameter(tensor.to(device), requires_grad=False))
+    model.language_model.rotary.to(device)
+
+
+def read_tensor(file: Path, key: str) -> Tensor:
+    """One tensor, as a view of a mapping that ends with it."""
+    with open_file(file) as mapped:
+        return mapped.get_tensor(key)
+
+
+def set_by_name(model: PaliGemma, name: str, value: nn.Parameter | nn.Module) -> None:
+    """Replace the parameter or module of this name."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, value)
+
+
+def open_file(file: Path) -> safe_open:
+    """A safetensors file, mapped into memory; raises PaliGemmaError if it is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise PaliGemmaError(
+            f"{file} is truncated or damaged ({error}), expected a whole safetensors file; please fetch it again."
+        ) from error
+
+
+def canonical_name(key: str) -> str:
+    """The name in `PaliGemma` of a key of any of the layouts in use.
+
+    `model.language_model.norm.weight` and `language_model.model.norm.weight` are both `language_model.norm.weight`;
+    `vision_tower.vision_model.*`, with or without `model.` before it, is `vision_tower.*`.
+    """
+    key = key.removeprefix("model.")
+    if key in ("lm_head.weight", "language_model.lm_head.weight"):
+        return OUTPUT
+    for outer in ("language_model.model.", "vision_tower.vision_model."):
+        if key.startswith(outer):
+            return outer.split(".")[0] + "." + key.removeprefix(outer)
+    return key
+
+
+def official_name(name: str) -> str:
+    """The key under which the official checkpoints keep a parameter of `PaliGemma`."""
+    name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name.replace("language_model.", "language_model.model.", 1)
+
+
+def save_checkpoint(model: PaliGemma, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write `config.json`, `tokenizer.json` and `model.safetensors` in the official layout, weights as `dtype`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    weights = {official_name(name): value.detach().to(dtype) for name, value in model.named_parameters()}
+    save_file(weights, folder / SINGLE_FILE, metadata={"format": "pt"})
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices of any dtypes hold the same numbers; compared in pieces, since each may take gigabytes."""
+    return one.shape == other.shape and all(
+        torch.equal(rows.float(), others.float()) for rows, others in zip(one.split(4096), other.split(4096))
+    )

@@ -1,0 +1,212 @@
+"""What this machine has: a device to run on, the dtype that it runs best in, cores and memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .config import PaliGemmaError
+from .quantization import Int8Linear, pack, packing, quantize
+from .quantization import is_available as int8_is_available
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+# From this many parameters on, reading them is what a CPU spends its time with.
+LARGE = 500_000_000
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
+KEPT_BYTES = 2**30
+PROC, CGROUPS, DEVICES = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev")
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device that was asked for, the best one that works if none was.
+
+    Raises:
+        PaliGemmaError: it is not here, or torch cannot use it.
+    """
+    if device is None:
+        has_cuda = torch.cuda.is_available() and _problem_with("cuda") is None
+        device = "cuda" if has_cuda else "mps" if torch.backends.mps.is_available() else "cpu"
+    if problem := _problem_with(device):
+        raise PaliGemmaError(f"The device {device} cannot be used here ({problem}); please choose cpu.")
+    return torch.device(device)
+
+
+def unused_gpu() -> str | None:
+    """A sentence on why torch cannot use the NVIDIA GPU of this machine and what to do; None if it can, or there is none."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    problem = None if is_hidden or not _has_nvidia_gpu() else _problem_with("cuda")
+    return problem and (
+        f"This machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it ({problem}), so models run on the "
+        "CPU; please update the NVIDIA driver, or install the torch that fits it, see https://pytorch.org/get-started."
+    )
+
+
+def _problem_with(device: str | torch.device) -> str | None:
+    """What torch says when it cannot compute on a device; None if it can."""
+    try:
+        torch.ones(1, device=torch.device(device)).add_(1)
+    except torch.OutOfMemoryError:
+        return None  # it could, but for others
+    except (RuntimeError, AssertionError) as error:  # the latter, of builds that know no such device
+        return str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    return None
+
+
+def _has_nvidia_gpu() -> bool:
+    if any(DEVICES.glob("nvidia[0-9]*")):
+        return True
+    try:  # elsewhere than on Linux, and where Windows lends its GPU to a Linux inside
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return listed.stdout.startswith("GPU")
+
+
+def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of this name, if the device can run it."""
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+        raise PaliGemmaError(f"The dtype {dtype} is not known; please choose auto or one of {', '.join(DTYPES)}.")
+    if dtype == torch.int8 and device.type != "cpu":
+        raise PaliGemmaError(f"int8 runs on CPUs, not on {device}; please choose bfloat16.")
+    if dtype == torch.int8 and not int8_is_available():
+        raise PaliGemmaError("int8 needs an x86 CPU; please choose bfloat16.")
+    return dtype
+
+
+def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    """What `auto` stands for: bfloat16 on a GPU; on a CPU float32 for small checkpoints and int8 for large ones.
+
+    Where a CPU has instructions for bfloat16, large checkpoints run in that of the two which is measured to be faster.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    if parameters < LARGE:
+        return torch.float32
+    if not int8_is_available():
+        return torch.bfloat16
+    return torch.bfloat16 if multiplies_bfloat16(device) and not int8_is_faster() else torch.int8
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply matrices of bfloat16, about twice as fast as of float32."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@torch.inference_mode()
+def int8_is_faster() -> bool:
+    """Whether int8 beats bfloat16 here, over a prefill and an answer of a few tokens."""
+    quantized = quantize(torch.randn(8192, 2048))
+    with packing():  # together they are larger than the cache of a CPU, as a checkpoint is
+        int8 = [Int8Linear(pack(*quantized)) for _ in range(8)]
+    bfloat16 = [nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16) for _ in int8]
+
+    def seconds(layers: Sequence[nn.Module], prompt: Tensor) -> float:
+        for layer in layers:
+            layer(prompt[:1])
+        layers[0](prompt[:])
+        start = time.perf_counter()
+        layers[0](prompt[:])  # another tensor, as in a model: int8 layers remember what they prepared from the last one
+        middle = time.perf_counter()
+        for _ in range(16):
+            for layer in layers:
+                layer(prompt[:1])
+        return len(layers) * (middle - start) + time.perf_counter() - middle
+
+    prompt = torch.randn(260, 2048)
+    return seconds(int8, prompt) < seconds(bfloat16, prompt.bfloat16())
+
+
+def available_cores() -> int:
+    """How many cores the process may keep busy: those it may run on, or fewer if its container has a quota.
+
+    torch sees the cores of the host; more threads than a quota allows wait for each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in _control_groups("cpu"):
+        # Microseconds of CPU time in so many microseconds; -1 of them: no limit.
+        match _numbers(group / "cpu.max") or _numbers(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"):
+            case [quota, period] if quota > 0 < period:
+                cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def available_memory() -> int:
+    """Bytes that a model could still take: of the GPU where there is one, else of the machine and of this container."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    free = [1024 * _number_after("MemAvailable:", PROC / "meminfo", default=2**53)]
+    for group in _control_groups("memory"):
+        match _numbers(group / "memory.max", group / "memory.current") or _numbers(
+            group / "memory.limit_in_bytes", group / "memory.usage_in_bytes"
+        ):
+            case [limit, used]:
+                # Pages that only keep files at hand can be had at any time; version 1 counts those of the groups below apart.
+                own = _number_after("inactive_file", group / "memory.stat", default=0)
+                free.append(limit - used + _number_after("total_inactive_file", group / "memory.stat", default=own))
+    return min(free)
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Folders of the cgroups, of version 2 or 1, whose limits on `cpu` or `memory` hold for this process."""
+    for line in _lines(PROC / "self" / "cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            base = CGROUPS / controller if controllers else CGROUPS
+            own = base / group.lstrip("/")
+            # A limit on any group above holds as well. Inside a container the path may be the host's: then only base is here.
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(base))
+
+
+def _numbers(*files: Path) -> list[int]:
+    """The whole numbers in files of one line each; none if a file is missing or says `max`."""
+    try:
+        return [int(word) for file in files for word in file.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError):
+        return []
+
+
+def _number_after(word: str, file: Path, default: int) -> int:
+    """The whole number that follows `word` at the start of a line."""
+    found = (line.split()[1] for line in _lines(file) if line.startswith(f"{word} "))
+    return int(next(found, default))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones, where it is the C library.
+
+    It would give large pieces back to the kernel and fetch them anew, page by page, for each layer's activations: a
+    twentieth of the time of a prefill (measured in the 3B shapes, in int8). What loading has freed is given back before.
+    """
+    give_back_freed_memory()
+    # Pieces of more bytes are given back when freed, and the end of the heap is when more bytes of it are free.
+    _call_glibc("mallopt", M_MMAP_THRESHOLD, KEPT_BYTES)
+    _call_glibc("mallopt", M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc, where it is the C library, give the kernel what has been freed since."""
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(name: str, *arguments: int) -> None:
+    if sys.platform == "linux" and (function := getattr(ctypes.CDLL(None), name, None)):
+        function(*arguments)

@@ -1,0 +1,205 @@
+"""What a machine has: devices, dtypes, cores and memory."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import paligemma
+from paligemma import PaliGemmaError, hardware
+from paligemma.quantization import Int8Linear
+
+
+def test_int8_is_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(PaliGemmaError, match="int8 runs on CPUs, not on meta; please choose bfloat16"):
+        paligemma.load(device="meta", dtype="int8")
+    monkeypatch.setattr(hardware, "int8_is_available", lambda: False)
+    with pytest.raises(PaliGemmaError, match="int8 needs an x86 CPU; please choose bfloat16"):
+        paligemma.load(dtype="int8")
+
+
+DRIVER = "The NVIDIA driver on your system is too old (found version 11040)"
+
+
+@pytest.fixture
+def with_gpu(tmp_path, monkeypatch):
+    """An NVIDIA GPU that torch cannot use, for this reason."""
+
+    def appear(reason, is_available=False):
+        (tmp_path / "nvidia0").touch()
+        ones = torch.ones
+
+        def fail_on_cuda(*arguments, device=None, **settings):
+            if torch.device(device or "cpu").type == "cuda":
+                raise RuntimeError(reason)
+            return ones(*arguments, **settings)
+
+        monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+        monkeypatch.setattr(torch, "ones", fail_on_cuda)
+
+    return appear
+
+
+@pytest.mark.parametrize(
+    ("message", "is_available", "reason"),
+    [
+        (f"{DRIVER}. Please update your GPU driver by downloading a new version", False, DRIVER),
+        ("CUDA error: no kernel image is available\nCUDA kernel errors might", True, "no kernel image is available"),
+    ],
+)
+def test_gpu_that_torch_cannot_use_is_explained_with_a_way_out(with_gpu, message, is_available, reason):
+    with_gpu(message, is_available)
+    sentence = hardware.unused_gpu()
+    assert sentence.startswith("This machine has an NVIDIA GPU, but torch ")
+    assert f"{reason}), so models run on the CPU; please update the NVIDIA driver, or install" in sentence
+    assert hardware.choose_device(None) == torch.device("cpu")
+
+
+def test_gpu_that_torch_was_not_built_for_is_explained(tmp_path, monkeypatch):
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is built for CUDA")
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+    assert "cannot use it (Torch not compiled with CUDA enabled), so models run on the CPU" in hardware.unused_gpu()
+
+
+def test_gpu_may_be_there_for_nvidia_smi_alone(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'")
+    program.chmod(0o755)
+    monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "This machine has an NVIDIA GPU" in hardware.unused_gpu()
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9")
+    assert hardware.unused_gpu() is None
+
+
+def test_nothing_is_said_where_there_is_no_gpu_or_it_is_hidden_on_purpose(tmp_path, with_gpu, monkeypatch):
+    with_gpu(DRIVER)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware.unused_gpu() is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "nvidia0").unlink()
+    assert hardware.unused_gpu() is None
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "available", "bfloat16", "faster", "expected"),
+    [
+        ("cuda", 5_000_000, True, False, True, torch.bfloat16),
+        ("cuda", 3_000_000_000, True, False, True, torch.bfloat16),
+        ("cpu", 5_000_000, True, True, True, torch.float32),
+        ("cpu", 3_000_000_000, True, False, False, torch.int8),
+        ("cpu", 3_000_000_000, True, True, True, torch.int8),
+        ("cpu", 3_000_000_000, True, True, False, torch.bfloat16),
+        ("cpu", 3_000_000_000, False, False, True, torch.bfloat16),
+    ],
+)
+def test_auto_takes_what_suits_device_and_size(device, parameters, available, bfloat16, faster, expected, monkeypatch):
+    monkeypatch.setattr(hardware, "int8_is_available", lambda: available)
+    monkeypatch.setattr(hardware, "int8_is_faster", lambda: faster)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
+    assert hardware.choose_dtype(torch.device(device), parameters) == expected
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(Int8Linear, False), (torch.nn.Linear, True)])
+def test_the_faster_dtype_is_measured(slow, expected, monkeypatch):
+    forward, clock = slow.forward, SimpleNamespace(now=0.0)
+
+    def take_a_second(layer, states):
+        clock.now += 1.0
+        return forward(layer, states)
+
+    monkeypatch.setattr(slow, "forward", take_a_second)
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    assert hardware.int8_is_faster() == expected
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Writes the files in which Linux says what a process may use, on a machine of 64 cores."""
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(hardware, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path / "cgroup")
+
+    def write(groups, files):
+        for name, content in {"proc/self/cgroup": groups, **{f"cgroup/{name}": files[name] for name in files}}.items():
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content + "\n")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "300000 100000"}, 3),
+        ("0::/", {"cpu.max": "max 100000"}, 64),
+        ("0::/", {}, 64),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
+        ("0::/of/the/host", {"cpu.max": "200000 100000"}, 2),
+        (
+            "3:memory:/x\n2:cpu,cpuacct:/x",
+            {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("2:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+def test_cores_are_those_of_the_container(machine, groups, files, expected):
+    machine(groups, files)
+    assert hardware.available_cores() == expected
+
+
+def test_without_cgroups_all_cores_are_used(machine):
+    assert hardware.available_cores() == 64
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("9:cpuset:/", {}, 5000 * 1024),
+        ("0::/", {"memory.max": "max", "memory.current": "1024"}, 5000 * 1024),
+        ("0::/", {"memory.max": "4096", "memory.current": "1024"}, 3072),
+        (
+            "0::/a",
+            {"a/memory.max": "4096", "a/memory.current": "1024", "a/memory.stat": "anon 10\ninactive_file 512"},
+            3584,
+        ),
+        ("0::/a", {"a/memory.max": "max", "memory.max": "4096", "memory.current": "1024"}, 3072),
+        (
+            "4:memory:/x",
+            {
+                "memory/x/memory.limit_in_bytes": "4096",
+                "memory/x/memory.usage_in_bytes": "1024",
+                "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 256",
+            },
+            3328,
+        ),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_or_of_its_container(machine, groups, files, expected):
+    machine(groups, {**files, "../proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB"})
+    assert hardware.available_memory() == expected
+
+
+def test_loading_takes_no_more_threads_than_there_are_cores_also_to_measure_dtypes(machine, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    machine("0::/", {"cpu.max": "100000 100000"})
+    monkeypatch.setattr(hardware, "LARGE", 1)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr(hardware, "int8_is_faster", lambda: seen.append(torch.get_num_threads()))
+    try:
+        paligemma.load(device="cpu")
+        assert seen == [torch.get_num_threads()] == [1]
+    finally:
+        torch.set_num_threads(before)
