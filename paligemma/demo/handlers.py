@@ -29,7 +29,7 @@ from .serving import EMBEDDED, Answer, Models
 
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
-    from ..training.scenes import Painter
+    from ..scenes.painter import Painter
 
 MAX_PIXELS = 60_000_000
 MAX_PROMPTS = 8
@@ -397,7 +397,7 @@ def _new_file(record: Record, name: str) -> Path:
 
 @cache
 def _painter() -> Painter:
-    from ..training.artwork import SHEET_FONT, load_sheet
-    from ..training.scenes import Painter
+    from ..scenes.artwork import load_sheet
+    from ..scenes.painter import Painter
 
-    return Painter(load_sheet(), [SHEET_FONT], restyled=0.0)
+    return Painter(load_sheet())

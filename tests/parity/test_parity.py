@@ -13,8 +13,8 @@ import paligemma
 from paligemma.checkpoints import canonical_name
 from paligemma.gemma import rotate
 from paligemma.kv_cache import KVCache
-from paligemma.training.batches import collate
-from paligemma.training.losses import NO_LABEL, answer_loss
+from paligemma.training.data import collate
+from paligemma.training.losses import prefix_lm_loss
 
 LOGITS_BOUND = 1e-4
 FAMILIES = ["gemma", "gemma2"]
@@ -131,32 +131,29 @@ def test_greedy_tokens_equal_generate(load_both, family, seed):
 def test_loss_and_gradients_equal_the_reference(load_both, family):
     reference, vlm = load_both(family=family, kv_heads=2, std=0.1, sliding_window=4)
     model = vlm.model.requires_grad_(True)
-    pairs = [
-        ("caption en", "2 cats and an apple"),
-        ("detect cat", "<loc0008><loc0016><loc0512><loc1000> cat"),
-        ("answer en how many bees are there?", "0"),
+    examples = [
+        (random_picture(0), "caption en", "2 cats and an apple"),
+        (random_picture(1), "detect cat", "<loc0008><loc0016><loc0512><loc1000> cat"),
+        (random_picture(2), "answer en how many bees are there?", "0"),
     ]
     config = vlm.config
-    pixel_values = torch.randn(len(pairs), 3, config.vision.image_size, config.vision.image_size)
-    rows = collate(vlm.processor, list(range(len(pairs))), pairs)
+    rows = collate(vlm.processor, examples)
     assert not rows.attention_mask.all(), "there must be padding"
 
     hidden_states = model.hidden_states(
-        model.image_features(pixel_values), rows.input_ids, rows.prefix_lengths, rows.attention_mask
+        model.image_features(rows.pixel_values), rows.input_ids, rows.prefix_lengths, rows.attention_mask
     )
-    # The reference counts every label alike.
-    labelled = (rows.labels != NO_LABEL).float()
-    loss = answer_loss(hidden_states, rows.labels, labelled / labelled.sum(), model.logits)
+    loss = prefix_lm_loss(hidden_states, rows.labels, model.logits)
     loss.backward()
 
     # The reference wants <eos> among the inputs, and shifts the labels by itself.
     lengths = rows.attention_mask.sum(1)
     positions = torch.arange(rows.input_ids.shape[1] + 1)
     input_ids = torch.nn.functional.pad(rows.input_ids, (0, 1), value=config.pad_token_id)
-    input_ids[torch.arange(len(pairs)), lengths] = config.eos_token_ids[0]
+    input_ids[torch.arange(len(examples)), lengths] = config.eos_token_ids[0]
     in_answer = (positions >= rows.prefix_lengths[:, None]) & (positions <= lengths[:, None])
     outputs = reference.train()(
-        pixel_values=pixel_values,
+        pixel_values=rows.pixel_values,
         input_ids=input_ids,
         attention_mask=(positions <= lengths[:, None]).long(),
         token_type_ids=(positions >= rows.prefix_lengths[:, None]).long(),
