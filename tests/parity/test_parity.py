@@ -132,9 +132,9 @@ def test_loss_and_gradients_equal_the_reference(load_both, family):
     reference, vlm = load_both(family=family, kv_heads=2, std=0.1, sliding_window=4)
     model = vlm.model.requires_grad_(True)
     examples = [
-        (random_picture(0), "caption en", "2 cats and an apple"),
-        (random_picture(1), "detect cat", "<loc0008><loc0016><loc0512><loc1000> cat"),
-        (random_picture(2), "answer en how many bees are there?", "0"),
+        (random_image(0), "caption en", "2 cats and an apple"),
+        (random_image(1), "detect cat", "<loc0008><loc0016><loc0512><loc1000> cat"),
+        (random_image(2), "answer en how many bees are there?", "0"),
     ]
     config = vlm.config
     rows = collate(vlm.processor, examples)
