@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import EXAMPLES, ONE_TOKEN, Watched, tokens_after, wait_until
+from conftest import EXAMPLES, ONE_TOKEN, Saying, tokens_after, wait_until
 from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import expect
 
 import app
-import paligemma
 from paligemma.demo import handlers
 from paligemma.demo.handlers import SETTINGS, read_settings
 from paligemma.demo.serving import EMBEDDED, Models
@@ -43,19 +42,6 @@ def open_page(browser):
     yield open_at
     for tab in tabs:
         tab.close()
-
-
-class Saying(Watched):
-    """Answers every prompt with the same text, word by word."""
-
-    SECONDS_PER_TOKEN = 0.3
-
-    def __init__(self, vlm, text):
-        super().__init__(vlm)
-        self._pieces = re.findall(r"(?:<\w+>)+| ?[^ <]+| ", text)
-
-    def stream(self, *arguments, **settings):
-        return self._counted((paligemma.Token(0, piece, 1.0) for piece in self._pieces), 0)
 
 
 def answer_in(tab):
@@ -312,8 +298,10 @@ def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded
     assert answer_in(tab) == kept
 
 
-def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, long_winded_address, watched):
-    first, second = open_page(long_winded_address), open_page(long_winded_address)
+def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, serve, watched, monkeypatch):
+    monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
+    address = serve(watched)
+    first, second = open_page(address), open_page(address)
     for tab in (first, second):
         upload(tab, PICTURE)
     before = watched.tokens

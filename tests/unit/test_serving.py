@@ -135,17 +135,19 @@ def test_after_closing_nobody_begins_but_who_began_may_finish(tiny):
     assert machine.models.wait_until_idle(0)
 
 
-def test_prompts_are_answered_one_after_another_and_the_image_is_encoded_once(tiny, monkeypatch):
+def test_prompts_are_answered_together_and_the_image_is_encoded_once(tiny, monkeypatch):
     encoded = []
     image_features = tiny.model.image_features
-    monkeypatch.setattr(tiny.model, "image_features", lambda pixels: encoded.append(1) or image_features(pixels))
-    monkeypatch.setattr(tiny, "_features", type(tiny._features)(2**20))
+    monkeypatch.setattr(
+        tiny.model, "image_features", lambda *arguments: encoded.append(1) or image_features(*arguments)
+    )
+    tiny.engine._features.clear()
     prompts = ["caption en", "detect cat"]
     steps = [
         [(answer.text, answer.is_finished) for answer in answers]
         for answers in answer_prompts(tiny, IMAGE, prompts, {})
     ]
-    assert steps[0] == []
+    assert steps[0] == [("", False)] * 2
     assert steps[-1] == [(tiny.generate(IMAGE, prompt), True) for prompt in prompts]
     lengths = [sum(len(text) for text, _ in step) for step in steps]
     assert lengths == sorted(lengths)
