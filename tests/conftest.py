@@ -23,8 +23,8 @@ from paligemma.mask_decoder import MaskDecoder
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "paligemma" / "demo" / "examples"
-# Of a stopped answer: the one that is under way when it ends.
-ONE_TOKEN = 1
+# Of a stopped answer: the one under way, and one that may be begun while the news travels.
+ONE_TOKEN = 2
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
