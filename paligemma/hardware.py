@@ -20,7 +20,7 @@ from .quantization import is_available as int8_is_available
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 # From this many parameters on, reading them is what a CPU spends its time with.
 LARGE = 500_000_000
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
 KEPT_BYTES = 2**30
 PROC, CGROUPS, DEVICES = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev")
 
@@ -214,19 +214,16 @@ def keep_freed_memory() -> None:
     twentieth of the time of a prefill (measured in the 3B shapes, in int8). What loading has freed is given back before.
     """
     give_back_freed_memory()
-    libc = _c_library()
-    if libc is not None and hasattr(libc, "mallopt"):
-        # From malloc.h: pieces of more bytes are given back when freed; the end of the heap is, when more of it are free.
-        for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(threshold, KEPT_BYTES)
+    # Pieces of more bytes are given back when freed, and the end of the heap is when more bytes of it are free.
+    _call_glibc("mallopt", M_MMAP_THRESHOLD, KEPT_BYTES)
+    _call_glibc("mallopt", M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def give_back_freed_memory() -> None:
     """Let glibc, where it is the C library, give the kernel what has been freed since."""
-    libc = _c_library()
-    if libc is not None and hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    _call_glibc("malloc_trim", 0)
 
 
-def _c_library() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
+def _call_glibc(name: str, *arguments: int) -> None:
+    if sys.platform == "linux" and (function := getattr(ctypes.CDLL(None), name, None)):
+        function(*arguments)

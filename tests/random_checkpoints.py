@@ -78,8 +78,8 @@ def make_reference(
     return model
 
 
-def save_reference(model: PaliGemmaForConditionalGeneration, folder: Path) -> Path:
+def save_reference(model: PaliGemmaForConditionalGeneration, folder: Path, max_shard_size: str = "5GB") -> Path:
     """Write the model and its tokenizer as a checkpoint folder."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     shutil.copy(TOKENIZER, folder / "tokenizer.json")
     return folder

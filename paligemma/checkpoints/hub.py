@@ -84,8 +84,8 @@ def _explain(error: BaseException, repository: str, revision: str | None) -> str
     from huggingface_hub import errors, get_token
 
     page, has_token = f"https://huggingface.co/{repository}", get_token() is not None
-    is_cached = not isinstance(error, errors.LocalEntryNotFoundError)
-    if not is_cached:  # raised also when the Hub did answer, but with an error, and the cache could not stand in for it
+    is_nowhere = isinstance(error, errors.LocalEntryNotFoundError)
+    if is_nowhere:  # raised also when the Hub did answer, but with an error, and the cache could not stand in for it
         error = error.__cause__ or error
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.HFValidationError):
@@ -93,7 +93,7 @@ def _explain(error: BaseException, repository: str, revision: str | None) -> str
     if isinstance(error, errors.GatedRepoError):
         account = "with the account that your HF_TOKEN belongs to"
         advice = account if has_token else "and set HF_TOKEN to a token of your account"
-        return f"{repository} is a gated repository; please accept its licence at {page} {advice}."
+        return f"{repository} is a gated repository; please accept its license at {page} {advice}."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repository} has no revision {revision}; please check {page}/tree/main."
     if isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and not has_token):
@@ -108,7 +108,7 @@ def _explain(error: BaseException, repository: str, revision: str | None) -> str
         return f"The Hub answered {status} for {repository}; please try again later."
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{repository} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; please unset that."
-    if not is_cached:
+    if is_nowhere:
         return f"{repository} is not in the local cache and the Hub cannot be reached; please check the network."
     reason = str(error).partition("\n")[0].rstrip(".")
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):

@@ -15,14 +15,11 @@ import argparse
 import multiprocessing
 import platform
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,24 +28,24 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER
-from paligemma.checkpoints.quantized import int8_folder
 from paligemma.checkpoints.weights import weight_files
 from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
-from paligemma.kv_cache import KVCache
+from paligemma.processor import Processor
 
+# The tokenizer is the embedded checkpoint's, of 2401 tokens: neither speed nor memory depends on what they mean.
 SIZES = {
-    "3b": PaliGemmaConfig(VisionConfig(), TextConfig()),  # their defaults are the official shapes
+    "3b": PaliGemmaConfig(VisionConfig(), TextConfig(), image_token_id=2400),  # their defaults are the official shapes
     "small": PaliGemmaConfig(
         VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=56),
         TextConfig(
-            vocab_size=1024,
+            vocab_size=2401,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
@@ -56,10 +53,10 @@ SIZES = {
             head_dim=16,
             max_position_embeddings=1024,
         ),
-        image_token_id=1000,
+        image_token_id=2400,
     ),
 }
-PROMPT_IDS = [10, 20, 30]  # any three words: a prompt such as "caption en" is about as long
+PROMPT, SECOND_PROMPT = "caption en", "describe en"
 SHARD_SIZE = "5GB"  # the official one
 GB = 1e9
 # Of what is measured, and in which order within a round.
@@ -70,7 +67,6 @@ CONTENDERS = [
     ("paligemma", "bfloat16"),
     ("transformers", "bfloat16"),
 ]
-ACTIVATIONS = {"int8": torch.float32}  # for dtypes in which only the weights are
 WEIGHT_BYTES = {"int8": 1, "float32": 4, "bfloat16": 2}
 READ_BYTES = 2**30
 LONG_ANSWER = 512  # tokens
@@ -86,7 +82,7 @@ def checkpoint(size: str, folder: Path | None = None) -> Path:
         folder: where it is to be; None for one below the system's temporary folder. A checkpoint that is there already
             is used as it is, so that this may also be the folder of a real one.
     """
-    folder = folder or Path(tempfile.gettempdir()) / f"paligemma-random-{size}"
+    folder = folder or Path(tempfile.gettempdir()) / f"paligemma-random-weights-{size}"
     if not (folder / "config.json").exists():
         run_alone(make_checkpoint, SIZES[size], folder)
     return folder
@@ -119,7 +115,6 @@ def make_checkpoint(config: PaliGemmaConfig, folder: Path) -> None:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
-    # Its words are not those of these shapes, which does not matter to whoever works with ids.
     shutil.copy(EMBEDDED_FOLDER / "tokenizer.json", unfinished)
     unfinished.rename(folder)
 
@@ -135,50 +130,39 @@ def run_alone(function: Callable[..., Result], *arguments: object) -> Result:
         return pool.submit(function, *arguments).result()
 
 
+def value_in(path: str, name: str) -> str:
+    """The value in a file of lines such as `name: value`."""
+    lines = (line.partition(":") for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return next(value.strip() for key, _, value in lines if key.strip() == name)
+
+
 def peak_resident_bytes() -> int:
     """The most memory that this process has ever held, pages of mapped files included."""
-    return 1024 * int(_line_of("/proc/self/status", "VmHWM").split()[0])
+    return 1024 * int(value_in("/proc/self/status", "VmHWM").split()[0])
 
 
-def _line_of(path: str, name: str) -> str:
-    """The value in a file of lines such as `name: value`."""
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    raise LookupError(f"{path} has no line {name}")
-
-
-def inputs(config: PaliGemmaConfig, dtype: str) -> tuple[Tensor, Tensor]:
-    """A picture of noise, [1, 3, H, W] in -1 to 1, and a prompt, int64 [1, T], placeholders first."""
-    size = config.vision.image_size
-    pixel_values = torch.rand((1, 3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    placeholders = [config.image_token_id] * config.vision.num_patches
-    return pixel_values.to(ACTIVATIONS.get(dtype) or getattr(torch, dtype)), torch.tensor(
-        [[*placeholders, config.bos_token_id, *PROMPT_IDS]]
-    )
+def noise(seed: int, size: int = 224) -> Image.Image:
+    """An image that nobody has seen before."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
 class Ours:
-    """This package, as `VisionLanguageModel.stream` drives it."""
+    """This package, as anybody uses it."""
 
     def __init__(self, folder: Path, dtype: str):
-        started = time.perf_counter()
         self.vlm = paligemma.load(folder, device="cpu", dtype=dtype)
-        self.load_seconds = time.perf_counter() - started
         self.model = self.vlm.model
 
-    def prefill(self, pixel_values: Tensor, input_ids: Tensor, new_tokens: int) -> Tensor:
-        """Picture and prompt to the next token's logits, [1, vocab_size], with room for `new_tokens` steps."""
-        length = input_ids.shape[1] + new_tokens
-        self.cache = KVCache(self.model.config.text, 1, length, pixel_values.dtype, pixel_values.device)
-        self.length = input_ids.shape[1]
-        return self.model.prefill(self.model.image_features(pixel_values), input_ids, self.cache)
+    def answer(self, image: Image.Image, prompt: str, count: int) -> Iterator[int]:
+        """The ids of the first `count` tokens of the greedy answer."""
+        return (token.id for token in self.vlm.stream(image, prompt, max_new_tokens=count))
 
-    def decode(self, token_id: Tensor) -> Tensor:
-        """One more token, int64 [1], to the next one's logits, [1, vocab_size]."""
-        self.length += 1
-        return self.model.decode(token_id[:, None], self.cache, self.length)
+    def logits(self, image: Image.Image, prompt: str) -> Tensor:
+        """Float32 [vocab_size], of the answer's first token."""
+        seen, logits = [], self.model.logits
+        self.model.logits = lambda hidden_states: seen.append(logits(hidden_states)) or seen[0]
+        next(self.vlm.stream(image, prompt, max_new_tokens=1))
+        return seen[0][0]
 
 
 class Theirs:
@@ -192,32 +176,50 @@ class Theirs:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        started = time.perf_counter()
         self.model = PaliGemmaForConditionalGeneration.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).eval()
-        self.load_seconds = time.perf_counter() - started
+        self.processor = Processor.from_file(
+            PaliGemmaConfig.from_file(folder / "config.json"), folder / "tokenizer.json"
+        )
 
-    def prefill(self, pixel_values: Tensor, input_ids: Tensor, new_tokens: int) -> Tensor:
-        """As `Ours.prefill`; this cache grows by itself."""
-        output = self.model(
+    @torch.inference_mode()
+    def answer(self, image: Image.Image, prompt: str, count: int) -> Iterator[int]:
+        """As `Ours.answer`."""
+        output = self._prefill(image, prompt)
+        for remaining in reversed(range(count)):
+            token_id = output.logits[:, -1].argmax(-1)
+            yield token_id.item()
+            if remaining:
+                cache = output.past_key_values
+                output = self.model(token_id[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def logits(self, image: Image.Image, prompt: str) -> Tensor:
+        """As `Ours.logits`."""
+        return self._prefill(image, prompt).logits[0, -1].float()
+
+    def _prefill(self, image: Image.Image, prompt: str) -> object:
+        input_ids = torch.tensor([self.processor.input_ids(prompt)])
+        return self.model(
             input_ids=input_ids,
-            pixel_values=pixel_values,
+            pixel_values=self.processor.pixel_values(image).to(self.model.dtype),
             token_type_ids=torch.zeros_like(input_ids),  # its processor's mark of a prefix
             use_cache=True,
             logits_to_keep=1,
         )
-        self.cache = output.past_key_values
-        return output.logits[:, -1]
-
-    def decode(self, token_id: Tensor) -> Tensor:
-        """As `Ours.decode`."""
-        return self.model(
-            input_ids=token_id[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
 
 
 LIBRARIES = {"paligemma": Ours, "transformers": Theirs}
+
+
+def timed(ids: Iterator[int]) -> tuple[list[int], list[float]]:
+    """All ids, and the seconds that each took."""
+    seen, times = [], [time.perf_counter()]
+    for token_id in ids:
+        seen.append(token_id)
+        times.append(time.perf_counter())
+    return seen, [end - start for start, end in zip(times, times[1:])]
 
 
 def read_all(parameters: Iterable[Tensor]) -> None:
@@ -248,154 +250,56 @@ def bytes_per_token(config: PaliGemmaConfig, dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process saw; times in seconds, memory in bytes.
-
-    load: the call that loads.
-    load_and_read: until every weight was in memory.
-    prefill: each time to a first token, from pixels and ids.
-    decode: each step that made a further token from the one before.
-    peak_after_load: the most memory held until all weights had been read.
-    peak: the most memory held at all.
-    token_ids: the greedy answer.
-    read_bandwidth: bytes a second that this machine reads from memory, just before and after the steps.
-    """
+    """What one process saw; times in seconds, memory in bytes."""
 
     load: float
-    load_and_read: float
-    prefill: list[float]
-    decode: list[float]
-    peak_after_load: int
-    peak: int
-    token_ids: list[int]
-    read_bandwidth: float
+    load_and_read: float  # until every weight was in memory
+    prefill: list[float]  # each time to a first token, from an image and a prompt
+    decode: list[float]  # each step that made a further token
+    peak_after_load: int  # the most memory held until all weights had been read
+    peak: int  # and until the last prefill
+    first_id: int  # of the greedy answer
+    read_bandwidth: float  # bytes a second that this machine reads from memory, before and after the steps
 
 
-@torch.inference_mode()
 def measure(library: str, folder: Path, dtype: str, prefills: int, new_tokens: int) -> Measurement:
-    """Load, warm up with a prefill and two steps, then time `prefills` prefills and `new_tokens` steps.
-
-    Args:
-        library: a name in `LIBRARIES`.
-        folder: the checkpoint.
-        dtype: `float32`, `bfloat16` or, of ours, `int8`.
-        prefills, new_tokens: how many of each are timed.
-    """
+    """Load, warm up with a short answer, then time `prefills` first tokens and `new_tokens` further ones."""
+    started = time.perf_counter()
     model = LIBRARIES[library](folder, dtype)
-    started = time.perf_counter()
+    load = time.perf_counter() - started
     read_all(model.model.parameters())
-    load_and_read = model.load_seconds + time.perf_counter() - started
-    peak_after_load = peak_resident_bytes()
-
-    pixel_values, input_ids = inputs(PaliGemmaConfig.from_file(folder / "config.json"), dtype)
-    token_id = model.prefill(pixel_values, input_ids, 2).argmax(-1)
-    for _ in range(2):
-        token_id = model.decode(token_id).argmax(-1)
-
-    prefill_seconds, decode_seconds = [], []
-    for _ in range(prefills):
-        started = time.perf_counter()
-        token_id = model.prefill(pixel_values, input_ids, new_tokens).argmax(-1)
-        prefill_seconds.append(time.perf_counter() - started)
-    token_ids = [token_id.item()]
-    peak = peak_resident_bytes()
-    bandwidth = [read_bandwidth()]
-    for _ in range(new_tokens):
-        started = time.perf_counter()
-        token_id = model.decode(token_id).argmax(-1)
-        decode_seconds.append(time.perf_counter() - started)
-        token_ids.append(token_id.item())
-    bandwidth.append(read_bandwidth())
-    return Measurement(
-        load=model.load_seconds,
-        load_and_read=load_and_read,
-        prefill=prefill_seconds,
-        decode=decode_seconds,
-        peak_after_load=peak_after_load,
-        peak=peak,
-        token_ids=token_ids,
-        read_bandwidth=statistics.mean(bandwidth),
-    )
+    load_and_read, peak_after_load = time.perf_counter() - started, peak_resident_bytes()
+    timed(model.answer(noise(0), PROMPT, 3))
+    prefill = [timed(model.answer(noise(number), PROMPT, 1))[1][0] for number in range(1, prefills)]
+    peak, before = peak_resident_bytes(), read_bandwidth()
+    ids, (last_prefill, *decode) = timed(model.answer(noise(prefills), PROMPT, 1 + new_tokens))
+    bandwidth = (before + read_bandwidth()) / 2
+    prefill.append(last_prefill)
+    return Measurement(load, load_and_read, prefill, decode, peak_after_load, peak, ids[0], bandwidth)
 
 
-def load_seconds(folder: Path, dtype: str) -> float:
-    """What our load takes."""
-    return Ours(folder, dtype).load_seconds
-
-
-def first_and_second_prompt(folder: Path, dtype: str, turns: int) -> tuple[list[float], list[float]]:
-    """Seconds from picture to first token, for new pictures and for a second prompt about each."""
-    vlm = paligemma.load(folder, device="cpu", dtype=dtype)
-    size = vlm.config.vision.image_size
-    first, second = [], []
-    for turn in range(turns + 1):
-        picture = Image.fromarray(np.random.default_rng(turn).integers(0, 256, (size, size, 3), dtype=np.uint8))
-        for prompt, seconds in (("caption en", first), ("describe en", second)):
-            started = time.perf_counter()
-            for _ in vlm.stream(picture, prompt, max_new_tokens=1):
-                pass
-            seconds.append(time.perf_counter() - started)
-    return first[1:], second[1:]  # the first picture warms up
-
-
-@torch.inference_mode()
-def long_answer(folder: Path, dtype: str) -> list[float]:
-    """Seconds for each step of an answer of `LONG_ANSWER` tokens."""
-    model = Ours(folder, dtype)
-    pixel_values, input_ids = inputs(model.model.config, dtype)
-    token_id = model.prefill(pixel_values, input_ids, LONG_ANSWER).argmax(-1)
-    seconds = []
-    for _ in range(LONG_ANSWER):
-        started = time.perf_counter()
-        token_id = model.decode(token_id).argmax(-1)
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-def seconds_to_page() -> float:
-    """From `python app.py` to its first answer with status 200, with the embedded checkpoint."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(port)]
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
-                return time.perf_counter() - started
-            except OSError:
-                time.sleep(0.02)
-        raise RuntimeError("app.py ended by itself")
-    finally:
-        process.kill()
-        process.wait()
-
-
-def seconds_to_captions(turns: int) -> list[float]:
-    """From picture to finished caption with the embedded checkpoint, each time without its eye's cache."""
-    vlm, seconds = paligemma.load(device="cpu"), []
-    pictures = sorted((Path(paligemma.__file__).parent / "demo" / "examples").glob("*.png"))
-    vlm.generate(Image.new("RGB", (64, 64)), "caption en")
-    for turn in range(turns):
-        for file in pictures:
-            with Image.open(file) as picture:
-                moved = ImageChops.offset(picture.convert("RGB"), turn)  # the same objects, other pixels
-            started = time.perf_counter()
-            vlm.generate(moved, "caption en")
-            seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-@torch.inference_mode()
 def prefill_once(library: str, folder: Path, dtype: str) -> tuple[np.ndarray, int, int]:
     """Load and prefill: the logits, float32 [vocab_size], and `peak_after_load` and `peak` as in `Measurement`."""
     model = LIBRARIES[library](folder, dtype)
     read_all(model.model.parameters())
     peak_after_load = peak_resident_bytes()
-    logits = model.prefill(*inputs(PaliGemmaConfig.from_file(folder / "config.json"), dtype), 0)
-    return logits[0].float().numpy(), peak_after_load, peak_resident_bytes()
+    return model.logits(noise(0), PROMPT).numpy(), peak_after_load, peak_resident_bytes()
+
+
+def answers(folder: Path, dtype: str, images: int) -> str:
+    """Two lines: about a second prompt on the same image, and about the cost of a token at the end of a long answer."""
+    model = Ours(folder, dtype)
+    timed(model.answer(noise(0), PROMPT, 1))
+    first, second = (
+        statistics.median(timed(model.answer(noise(number), prompt, 1))[1][0] for number in range(1, images + 1))
+        for prompt in (PROMPT, SECOND_PROMPT)
+    )
+    _, (_, *seconds) = timed(model.answer(noise(0), PROMPT, 1 + LONG_ANSWER))
+    early, late = statistics.median(seconds[:16]), statistics.median(seconds[-16:])
+    return (
+        f"{dtype}: first prompt {first:.3g} s, second prompt on the same image {second:.3g} s: {second / first:.2f}\n"
+        f"{dtype}: a token at {LONG_ANSWER} costs {late / early:.2f} of one at 16"
+    )
 
 
 def report(measurements: dict[tuple[str, str], list[Measurement]], config: PaliGemmaConfig, size_on_disk: int) -> str:
@@ -405,76 +309,54 @@ def report(measurements: dict[tuple[str, str], list[Measurement]], config: PaliG
         "| peak after load, GB | peak, GB | peak after load / file | memory read, of what the machine can |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    medians = {}
     for (library, dtype), rounds in measurements.items():
+        seconds = {field: [value for one in rounds for value in getattr(one, field)] for field in ("prefill", "decode")}
+        medians[library, dtype] = {field: statistics.median(values) for field, values in seconds.items()}
         peak_after_load = max(one.peak_after_load for one in rounds)
-        read = bytes_per_token(config, dtype) / _median_of(rounds, "decode")
+        read = bytes_per_token(config, dtype) / medians[library, dtype]["decode"]
         cells = (
             library,
             dtype,
-            _spread(one.load for one in rounds),
-            _spread(one.load_and_read for one in rounds),
-            _spread(seconds for one in rounds for seconds in one.prefill),
-            _spread(seconds for one in rounds for seconds in one.decode),
+            spread(one.load for one in rounds),
+            spread(one.load_and_read for one in rounds),
+            spread(seconds["prefill"]),
+            spread(seconds["decode"]),
             f"{peak_after_load / GB:.2f}",
             f"{max(one.peak for one in rounds) / GB:.2f}",
             f"{peak_after_load / size_on_disk:.2f}",
             f"{read / statistics.median(one.read_bandwidth for one in rounds):.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    bandwidth = _spread(one.read_bandwidth / GB for rounds in measurements.values() for one in rounds)
+    bandwidth = spread(one.read_bandwidth / GB for rounds in measurements.values() for one in rounds)
     lines.append(f"\nThis machine reads {bandwidth} GB/s from memory.")
 
-    figures = (("time to first token", "prefill"), ("per token", "decode"))
+    names = {"prefill": "time to first token", "decode": "per token"}
     dtypes = [dtype for library, dtype in measurements if library == "transformers"]
     for dtype in dtypes:
-        if ("paligemma", dtype) not in measurements:
-            continue
-        ours, theirs = measurements["paligemma", dtype], measurements["transformers", dtype]
-        ratios = (f"{name} {_median_of(theirs, field) / _median_of(ours, field):.2f}" for name, field in figures)
-        first_ids = _first_ids(measurements, dtype)
-        agreement = "first tokens agree" if len(first_ids) == 1 else f"first tokens differ: {sorted(first_ids)}"
-        lines.append(f"{dtype}: transformers / paligemma: {', '.join(ratios)}; {agreement}")
+        ours, theirs = medians["paligemma", dtype], medians["transformers", dtype]
+        ratios = ", ".join(f"{name} {theirs[field] / ours[field]:.2f}" for field, name in names.items())
+        found = first_ids(measurements, dtype)
+        agreement = "first tokens agree" if len(found) == 1 else f"first tokens differ: {sorted(found)}"
+        lines.append(f"{dtype}: transformers / paligemma: {ratios}; {agreement}")
     if dtypes and ("paligemma", "int8") in measurements:
         ratios = []
-        for name, field in figures:
-            best = min(dtypes, key=lambda dtype: _median_of(measurements["transformers", dtype], field))
-            theirs, ours = measurements["transformers", best], measurements["paligemma", "int8"]
-            ratios.append(f"{name} {_median_of(theirs, field) / _median_of(ours, field):.2f} ({best})")
+        for field, name in names.items():
+            best, dtype = min((medians["transformers", dtype][field], dtype) for dtype in dtypes)
+            ratios.append(f"{name} {best / medians['paligemma', 'int8'][field]:.2f} ({dtype})")
         lines.append(f"int8: the best of transformers / paligemma: {', '.join(ratios)}")
     return "\n".join(lines)
 
 
-def report_answers(folder: Path, dtype: str, turns: int) -> str:
-    """Lines about a second prompt, and about the cost of a token at the end of a long answer."""
-    first, second = run_alone(first_and_second_prompt, folder, dtype, turns)
-    ratio = statistics.median(second) / statistics.median(first)
-    lines = [
-        f"{dtype}: picture to first token: first prompt {_spread(first)} s, second {_spread(second)} s: {ratio:.2f}",
-        "",
-        "| tokens so far | tokens/s, median of the 16 up to there |",
-        "| --- | --- |",
-    ]
-    seconds = run_alone(long_answer, folder, dtype)
-    lengths = [2**power for power in range(4, LONG_ANSWER.bit_length())]
-    at = {length: statistics.median(seconds[length - 16 : length]) for length in lengths}
-    lines += [f"| {length} | {1 / at[length]:.2f} |" for length in lengths]
-    lines.append(f"\n{dtype}: a token at {LONG_ANSWER} costs {at[LONG_ANSWER] / at[16]:.2f} of one at 16")
-    return "\n".join(lines)
-
-
-def _first_ids(measurements: dict[tuple[str, str], list[Measurement]], dtype: str) -> set[int]:
+def first_ids(measurements: dict[tuple[str, str], list[Measurement]], dtype: str) -> set[int]:
     """The first tokens of all answers in this dtype: one if the libraries agree."""
-    return {one.token_ids[0] for (_, of), rounds in measurements.items() if of == dtype for one in rounds}
+    return {one.first_id for (_, of), rounds in measurements.items() if of == dtype for one in rounds}
 
 
-def _spread(values: Iterable[float]) -> str:
+def spread(values: Iterable[float]) -> str:
     """Median and range."""
     values = sorted(values)
     return f"{statistics.median(values):.3g} ({values[0]:.3g}–{values[-1]:.3g})"
-
-
-def _median_of(rounds: list[Measurement], field: str) -> float:
-    return statistics.median(seconds for one in rounds for seconds in getattr(one, field))
 
 
 def main() -> None:
@@ -492,34 +374,24 @@ def main() -> None:
 
     folder = checkpoint(arguments.size, arguments.folder)
     config, size_on_disk = PaliGemmaConfig.from_file(folder / "config.json"), file_bytes(folder)
-    print(f"{_line_of('/proc/cpuinfo', 'model name')}, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"{value_in('/proc/cpuinfo', 'model name')}, {torch.backends.cpu.get_cpu_capability()}")
     print(f"{torch.get_num_threads()} threads, Python {platform.python_version()}, ", end="")
     print(f"torch {torch.__version__}, transformers {version('transformers')}")
     print(f"{folder}: {size_on_disk / GB:.2f} GB in {len(weight_files(folder))} file(s)")
 
-    pages = [seconds_to_page() for _ in range(arguments.rounds)]
-    print(f"python app.py to its first 200: {_spread(pages)} s")
-    captions = run_alone(seconds_to_captions, arguments.rounds)
-    print(f"embedded checkpoint, picture to finished caption: {_spread(captions)} s")
-    if "int8" in arguments.dtypes:
-        shutil.rmtree(int8_folder(weight_files(folder)), ignore_errors=True)
-        made = run_alone(load_seconds, folder, "int8")
-        print(f"int8, first load, which makes the weights: {made:.3g} s")
-    print(flush=True)
-
     measurements: dict[tuple[str, str], list[Measurement]] = {}
-    for turn in range(arguments.rounds):
+    for number in range(arguments.rounds):
         for library, dtype in CONTENDERS:
             if dtype in arguments.dtypes:
-                print(f"round {turn + 1} of {arguments.rounds}: {library}, {dtype}", file=sys.stderr)
+                print(f"round {number + 1} of {arguments.rounds}: {library}, {dtype}", file=sys.stderr)
                 one = run_alone(measure, library, folder, dtype, arguments.prefills, arguments.new_tokens)
                 measurements.setdefault((library, dtype), []).append(one)
     print(report(measurements, config, size_on_disk), flush=True)
     if "int8" in arguments.dtypes:
-        print(report_answers(folder, "int8", arguments.rounds))
+        print(run_alone(answers, folder, "int8", arguments.rounds))
 
     # In bfloat16 the likeliest two may be one rounding apart.
-    if len(_first_ids(measurements, "float32")) > 1:
+    if len(first_ids(measurements, "float32")) > 1:
         sys.exit("The libraries do not compute the same: their first tokens in float32 differ.")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import paligemma
-from paligemma.quantization import quantize, turn_back
+from paligemma.quantization import quantize, unrotate
 from paligemma.training.artwork import load_fonts, load_sprites
 from paligemma.training.evaluate import draw_scenes
 from paligemma.training.scenes import Painter
@@ -31,7 +31,7 @@ SPRITE_SIZE = 320
 def rounded(weight: Tensor) -> Tensor:
     """The weight, float32 [out, in], that the int8 one stands for."""
     values, scale = quantize(weight)
-    return turn_back(values.float() * scale[:, None])
+    return unrotate(values.float() * scale[:, None])
 
 
 def with_rounded_weights() -> paligemma.VisionLanguageModel:

@@ -18,7 +18,7 @@ class HubServer:
     forbidden: repositories whose files no token may fetch, as for one that lacks the permission.
     failing: parts of a path, such as `/api/`, at which the server answers 500.
     cut: parts of a path, to how many more times the server closes the connection there in the middle of the body.
-    says_of_unknown: what it answers to strangers about repositories that it does not have.
+    answer_about_unknown: what it answers to strangers about repositories that it does not have.
     requests: what was asked so far, as (method, path, authorization).
     """
 
@@ -29,7 +29,7 @@ class HubServer:
         self.forbidden: set[str] = set()
         self.failing: tuple[str, ...] = ()
         self.cut: dict[str, int] = {}
-        self.says_of_unknown = "Invalid username or password."
+        self.answer_about_unknown = "Invalid username or password."
         self.requests: list[tuple[str, str, str | None]] = []
         hub = self
 
@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository not in hub.revisions:
             # The Hub tells a stranger neither that a repository is private nor that there is none.
             if authorization is None:
-                return self._refuse(401, message=hub.says_of_unknown)
+                return self._refuse(401, message=hub.answer_about_unknown)
             return self._refuse(404, "RepoNotFound", "Repository not found")
         found = self._find_revision(repository, revision or "main")
         if found is None:

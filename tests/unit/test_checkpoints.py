@@ -10,72 +10,38 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_checkpoints import VOCABULARY, make_reference, save_reference
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaForConditionalGeneration
 
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE, save_checkpoint
 
-TOKENIZER = Tokenizer.from_file(str(EMBEDDED_FOLDER / "tokenizer.json"))
-VOCAB_SIZE = TOKENIZER.get_vocab_size()
-IMAGE_ID = TOKENIZER.token_to_id("<image>")
+VOCAB_SIZE = VOCABULARY.get_vocab_size()
 NORM = "language_model.model.norm.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
-HIDDEN_SIZE = 48
+HIDDEN_SIZE, VISION_HIDDEN_SIZE = 64, 48
 
 
 @pytest.fixture(scope="module")
 def reference():
     """A small PaliGemma of transformers, with no parameter left at zero or one, where a mix-up would not show."""
-    config = PaliGemmaConfig(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
-        text_config={
-            "model_type": "gemma",
-            "hidden_size": HIDDEN_SIZE,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 64,
-            "vocab_size": VOCAB_SIZE,
-        },
-        projection_dim=HIDDEN_SIZE,
-        image_token_index=IMAGE_ID,
-    )
-    model = PaliGemmaForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(0)
+    model = make_reference(image_size=28, layers=2, kv_heads=2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.normal_(std=0.2)
     return model
 
 
 @pytest.fixture(scope="module")
 def written(reference, tmp_path_factory):
     """The folder as transformers writes it; tests that change files work on a copy."""
-    folder = tmp_path_factory.mktemp("written")
-    reference.save_pretrained(folder)
-    shutil.copy(EMBEDDED_FOLDER / "tokenizer.json", folder)
-    return folder
+    return save_reference(reference, tmp_path_factory.mktemp("written"))
 
 
 @pytest.fixture(scope="module")
 def written_in_shards(reference, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    reference.save_pretrained(folder, max_shard_size="100KB")
-    shutil.copy(EMBEDDED_FOLDER / "tokenizer.json", folder)
-    return folder
+    return save_reference(reference, tmp_path_factory.mktemp("shards"), max_shard_size="100KB")
 
 
 @pytest.fixture
@@ -104,7 +70,7 @@ def assert_same(actual, expected):
 
 
 def assert_same_logits(vlm, reference):
-    """Both models on two random pictures, each with a prompt that is prefix as a whole."""
+    """Both models on two random images, each with a prompt that is prefix as a whole."""
     generator = torch.Generator().manual_seed(1)
     size, patches = vlm.config.vision.image_size, vlm.config.vision.num_patches
     pixel_values = torch.randn(2, 3, size, size, generator=generator)
@@ -253,8 +219,8 @@ def test_tables_that_the_model_computes_and_a_pooling_head_are_left_out(folder, 
     unused = {
         "vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None],
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        "vision_tower.vision_model.head.probe": torch.ones(1, 1, 32),
-        "model.vision_tower.head.attention.in_proj_weight": torch.ones(96, 32),
+        "vision_tower.vision_model.head.probe": torch.ones(1, 1, 48),
+        "model.vision_tower.head.attention.in_proj_weight": torch.ones(96, 48),
     }
     change_weights(folder, lambda tensors: {**tensors, **unused})
     assert_same(named(paligemma.load(folder, device="cpu")), parameters)
@@ -306,109 +272,46 @@ def test_index_that_leaves_its_folder_is_refused(shards, name):
     )
 
 
-OTHER_FORMATS = [
-    (["model-q4_k.gguf"], {}, "holds a GGUF file for llama.cpp; please choose the checkpoint that it was made from."),
-    (
-        ["adapter_model.safetensors", "adapter_config.json"],
-        {},
-        "holds a LoRA adapter for google/paligemma-3b-pt-224, and no whole model; please merge the two with peft's "
-        "merge_and_unload, and load the folder that save_pretrained makes of the result.",
-    ),
-    (
-        ["pytorch_model.bin", "config.json"],
-        {},
-        "holds its weights only in pickled form (pytorch_model.bin); please write them as safetensors: "
-        "from_pretrained and then save_pretrained of transformers do.",
-    ),
-    (
-        ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
-        {},
-        "holds its weights only in pickled form (pytorch_model-00001-of-00002.bin); please write",
-    ),
-    (
-        ["model.fp16.safetensors", "config.json"],
-        {},
-        "holds only a variant of its weights (model.fp16.safetensors); please rename it to model.safetensors",
-    ),
-    (
-        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
-        {},
-        "holds shards (model-00001-of-00002.safetensors), but no model.safetensors.index.json that lists them; please "
-        "add the model.safetensors.index.json that belongs to them.",
-    ),
-    *(
-        (
-            ["model.safetensors", "config.json"],
-            config,
-            f"holds weights quantized for {program}, which cannot be read here; please choose the checkpoint that they "
-            "were made from, with the dtype int8 where memory is short.",
-        )
-        for program, config in {
-            "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},
-            "MLX": {"quantization": {"group_size": 64, "bits": 4}},
-        }.items()
-    ),
-    (
-        ["model.safetensors"],
-        {"quantization_config": {"load_in_8bit": True}},
-        "holds weights quantized for bitsandbytes",
-    ),
-    (
-        ["model.safetensors"],
-        {"quantization": {"bits": 4}, "quantization_config": {"bits": 4}},
-        "holds weights quantized for MLX",
-    ),
-]
-
-
-def write_other_format(folder, names, config):
-    folder.mkdir(exist_ok=True)
-    for name in names:
-        (folder / name).write_bytes(bytes(10))
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/paligemma-3b-pt-224"}')
-    if config or "config.json" in names:
-        (folder / "config.json").write_text(json.dumps({"model_type": "paligemma", **config}))
-    if "adapter_config.json" not in names:
-        (folder / "adapter_config.json").unlink()
-
-
-@pytest.mark.parametrize(("names", "config", "expected"), OTHER_FORMATS)
-def test_formats_of_other_programs_are_named_with_a_way_out(tmp_path, names, config, expected):
-    write_other_format(tmp_path, names, config)
-    assert refusal(tmp_path).startswith(f"{tmp_path} {expected}")
+BASE = {"base_model_name_or_path": "google/paligemma-3b-pt-224"}
+PROGRAMS = {
+    "bitsandbytes": {"quantization_config": {"load_in_8bit": True}},
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    "MLX": {"quantization": {"bits": 4}, "quantization_config": {"bits": 4}},
+}
 
 
 @pytest.mark.parametrize(
-    ("key", "expected"),
+    ("name", "config", "content", "advice"),
     [
-        ("language_model.model.layers.0.mlp.up_proj.weight.absmax", "weights in the format of bitsandbytes"),
-        ("language_model.model.layers.0.mlp.up_proj.SCB", "weights in the format of bitsandbytes"),
-        ("language_model.model.layers.0.mlp.up_proj.qweight", "weights in the format of GPTQ or AWQ"),
-        ("language_model.model.layers.0.mlp.up_proj.scales", "weights in the format of MLX"),
-        ("base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight", "a LoRA adapter; please merge"),
+        ("model-q4_k.gguf", None, "a GGUF file for llama.cpp", "choose the checkpoint that it was made from"),
+        ("adapter_model.safetensors", None, "a LoRA adapter for google/paligemma-3b-pt-224, and no", "merge the two"),
+        ("pytorch_model.bin", {}, "its weights only in pickled form (pytorch_model.bin)", "write them as safetensors"),
+        ("pytorch_model-1-of-2.bin", {}, "its weights only in pickled form (pytorch_model-1-of-2.bin)", "write them"),
+        ("model.fp16.safetensors", {}, "only a variant of its weights (model.fp16.safetensors)", "rename it to"),
+        ("model-1-of-2.safetensors", {}, f"shards (model-1-of-2.safetensors), but no {INDEX_FILE}", "add the model"),
+        *(
+            ("model.safetensors", config, f"weights quantized for {program}", "choose the checkpoint that they were")
+            for program, config in PROGRAMS.items()
+        ),
     ],
 )
-def test_tensors_of_other_programs_are_named_with_a_way_out(folder, key, expected):
-    change_weights(folder, lambda tensors: {**tensors, key: torch.zeros(2)})
-    assert refusal(folder).startswith(f"{folder / 'model.safetensors'} holds {expected}")
-
-
-def test_file_that_says_to_be_of_mlx_is_named(folder):
-    file = folder / "model.safetensors"
-    save_file(load_file(file), file, metadata={"format": "mlx"})
-    assert "weights in the format of MLX, which cannot be read here; please choose" in refusal(folder)
+def test_formats_of_other_programs_are_named_with_a_way_out(tmp_path, name, config, content, advice):
+    (tmp_path / name).write_bytes(bytes(10))
+    if name.startswith("adapter"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(BASE))
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "paligemma", **config}))
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path} holds {content}")
+    assert f"; please {advice}" in message
 
 
 def test_adapter_beside_whole_weights_is_left_out_with_a_warning(folder, parameters, caplog):
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/paligemma-3b-pt-224"}')
+    (folder / "adapter_config.json").write_text(json.dumps(BASE))
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert_same(named(paligemma.load(folder, device="cpu")), parameters)
-    assert (
-        f"{folder}: the LoRA adapter beside the whole weights (for google/paligemma-3b-pt-224) is not applied"
-        in caplog.text
-    )
+    assert f"{folder}: the LoRA adapter beside the whole weights (for google/paligemma-3b-pt-224) is not" in caplog.text
 
 
 # Dtypes and memory
@@ -431,17 +334,9 @@ def test_dtype_may_be_given_as_that_of_torch(written):
     assert paligemma.load(written, device="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_cpu_takes_float32_unless_told(folder):
+def test_cpu_takes_float32_by_default(folder):
     change_weights(folder, lambda tensors: {key: value.bfloat16() for key, value in tensors.items()})
     assert paligemma.load(folder, device="cpu").dtype == torch.float32
-
-
-@pytest.mark.parametrize("key", OUTPUT_KEYS)
-def test_output_layer_is_the_embedding_and_no_second_copy(folder, reference, key):
-    change_weights(folder, lambda tensors: {**tensors, key: tensors[EMBEDDING].clone()})
-    vlm = paligemma.load(folder, device="cpu")
-    stored = {value.data_ptr(): value.numel() for value in vlm.model.state_dict().values()}
-    assert sum(stored.values()) == sum(value.numel() for value in reference.parameters())
 
 
 def mappings(file):
@@ -472,74 +367,72 @@ def test_file_is_let_go_once_all_tensors_are_cast(folder):
 # Damage
 
 
-def test_missing_tensor_is_named_with_its_shape(folder):
-    change_weights(folder, lambda tensors: without(tensors, NORM))
+LAYER = "language_model.model.layers.0.mlp.up_proj"
+POST_NORM = "vision_tower.post_layernorm.bias"
+IN_FILE = "{}/model.safetensors holds "
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: without(tensors, NORM), f"lacks 1 tensors, the first is {NORM} of shape [{HIDDEN_SIZE}]"),
+        (lambda tensors: without(tensors, EMBEDDING), f"first is {EMBEDDING} of shape [{VOCAB_SIZE}, {HIDDEN_SIZE}]"),
+        (
+            lambda tensors: without(tensors, POST_NORM),
+            f"vision_tower.vision_model.post_layernorm.bias of shape [{VISION_HIDDEN_SIZE}]",
+        ),
+        (lambda tensors: {**tensors, "lm_head.bias": torch.zeros(2)}, f"{IN_FILE}an unexpected tensor, lm_head.bias;"),
+        (
+            lambda tensors: {**tensors, NORM: torch.zeros(HIDDEN_SIZE + 1)},
+            f"{{}}/model.safetensors: {NORM} has the shape [{HIDDEN_SIZE + 1}], expected [{HIDDEN_SIZE}]",
+        ),
+        (
+            lambda tensors: {**tensors, "lm_head.weight": torch.zeros(2, HIDDEN_SIZE)},
+            f"lm_head.weight has the shape [2, {HIDDEN_SIZE}], expected [{VOCAB_SIZE}, ",
+        ),
+        *(
+            (lambda tensors, key=key: {**tensors, f"{LAYER}.{key}": torch.zeros(2)}, IN_FILE + expected)
+            for key, expected in {
+                "weight.absmax": "weights in the format of bitsandbytes, which cannot be read here; please choose",
+                "SCB": "weights in the format of bitsandbytes",
+                "qweight": "weights in the format of GPTQ or AWQ",
+                "scales": "weights in the format of MLX",
+                "lora_A.weight": "a LoRA adapter; please merge",
+            }.items()
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder, change, expected):
+    change_weights(folder, change)
     message = refusal(folder)
     assert str(folder) in message
-    assert f"lacks 1 tensors, the first is {NORM} of shape [{HIDDEN_SIZE}]" in message
+    assert expected.replace("{}", str(folder)) in message
 
 
-def test_missing_embedding_is_named(folder):
-    change_weights(folder, lambda tensors: without(tensors, EMBEDDING))
-    assert f"{EMBEDDING} of shape [{VOCAB_SIZE}, {HIDDEN_SIZE}]" in refusal(folder)
-
-
-def test_missing_vision_tensor_is_named_by_its_official_key(folder):
-    change_weights(folder, lambda tensors: without(tensors, "vision_tower.post_layernorm.bias"))
-    assert "vision_tower.vision_model.post_layernorm.bias of shape [32]" in refusal(folder)
-
-
-def test_unexpected_tensor_is_named_with_its_file(folder):
-    key = "language_model.model.layers.2.mlp.up_proj.weight"
-    change_weights(folder, lambda tensors: {**tensors, key: torch.zeros(2, 2)})
-    message = refusal(folder)
-    assert str(folder / "model.safetensors") in message
-    assert f"unexpected tensor, {key};" in message
-
-
-def test_wrong_shape_is_named_with_the_one_expected(folder):
-    change_weights(folder, lambda tensors: {**tensors, NORM: torch.zeros(HIDDEN_SIZE + 1)})
-    message = refusal(folder)
-    assert str(folder / "model.safetensors") in message
-    assert f"{NORM} has the shape [{HIDDEN_SIZE + 1}], expected [{HIDDEN_SIZE}]" in message
-
-
-def test_output_layer_of_another_shape_is_refused(folder):
-    change_weights(folder, lambda tensors: {**tensors, "lm_head.weight": torch.zeros(2, HIDDEN_SIZE)})
-    assert f"lm_head.weight has the shape [2, {HIDDEN_SIZE}], expected [{VOCAB_SIZE}, " in refusal(folder)
-
-
-@pytest.mark.parametrize("share", [0.5, 0.001, 0.0], ids=["half", "in the header", "empty"])
-def test_truncated_weights_are_refused_with_the_file_named(folder, share):
+def test_file_that_says_to_be_of_mlx_is_named(folder):
     file = folder / "model.safetensors"
-    os.truncate(file, int(file.stat().st_size * share))
-    message = refusal(folder)
+    save_file(load_file(file), file, metadata={"format": "mlx"})
+    assert f"{file} holds weights in the format of MLX" in refusal(folder)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.001, 0.0, None], ids=["half", "in the header", "empty", "another format"])
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_damaged_weights_are_refused_with_the_file_named(request, kind, share):
+    file = sorted(request.getfixturevalue(kind).glob("*.safetensors"))[-1]
+    if share is None:
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
+    else:
+        os.truncate(file, int(file.stat().st_size * share))
+    message = refusal(file.parent)
     assert message.startswith(f"{file} is truncated or damaged")
     assert "expected a whole safetensors file; please fetch it again" in message
 
 
-def test_truncated_shard_is_refused_with_the_shard_named(shards):
-    shard = sorted(shards.glob("model-*.safetensors"))[1]
-    os.truncate(shard, shard.stat().st_size // 2)
-    assert refusal(shards).startswith(f"{shard} is truncated or damaged")
-
-
-def test_file_that_is_no_safetensors_is_refused(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
-    assert refusal(folder).startswith(f"{file} is truncated or damaged")
-
-
-def test_missing_weights_are_named(folder):
-    (folder / "model.safetensors").unlink()
-    message = refusal(folder)
-    assert message.startswith(f"{folder / 'model.safetensors'} is missing; please fetch")
-
-
-def test_missing_shard_is_named(shards):
-    shard = sorted(shards.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    assert refusal(shards).startswith(f"{shard} is missing; please fetch")
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_missing_weights_are_refused_with_the_file_named(request, kind):
+    file = sorted(request.getfixturevalue(kind).glob("*.safetensors"))[-1]
+    file.unlink()
+    assert refusal(file.parent) == f"{file} is missing; please fetch the checkpoint again."
 
 
 @pytest.mark.parametrize(

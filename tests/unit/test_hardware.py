@@ -26,7 +26,7 @@ DRIVER = "The NVIDIA driver on your system is too old (found version 11040)"
 
 @pytest.fixture
 def with_gpu(tmp_path, monkeypatch):
-    """An NVIDIA GPU that torch cannot use, for the reason that is given."""
+    """An NVIDIA GPU that torch cannot use, for this reason."""
 
     def appear(reason, is_available=False):
         (tmp_path / "nvidia0").touch()
@@ -45,21 +45,21 @@ def with_gpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "is_available", "reason"),
+    ("message", "is_available", "reason"),
     [
         (f"{DRIVER}. Please update your GPU driver by downloading a new version", False, DRIVER),
         ("CUDA error: no kernel image is available\nCUDA kernel errors might", True, "no kernel image is available"),
     ],
 )
-def test_gpu_that_torch_cannot_use_is_told_with_what_to_do(with_gpu, said, is_available, reason):
-    with_gpu(said, is_available)
+def test_gpu_that_torch_cannot_use_is_explained_with_a_way_out(with_gpu, message, is_available, reason):
+    with_gpu(message, is_available)
     sentence = hardware.unused_gpu()
     assert sentence.startswith("This machine has an NVIDIA GPU, but torch ")
     assert f"{reason}), so models run on the CPU; please update the NVIDIA driver, or install" in sentence
     assert hardware.choose_device(None) == torch.device("cpu")
 
 
-def test_gpu_that_torch_was_not_built_for_is_told(tmp_path, monkeypatch):
+def test_gpu_that_torch_was_not_built_for_is_explained(tmp_path, monkeypatch):
     if torch.version.cuda is not None:
         pytest.skip("this torch is built for CUDA")
     (tmp_path / "nvidia0").touch()
@@ -79,7 +79,7 @@ def test_gpu_may_be_there_for_nvidia_smi_alone(tmp_path, monkeypatch):
     assert hardware.unused_gpu() is None
 
 
-def test_nothing_is_told_where_there_is_no_gpu_or_it_is_hidden_on_purpose(tmp_path, with_gpu, monkeypatch):
+def test_nothing_is_said_where_there_is_no_gpu_or_it_is_hidden_on_purpose(tmp_path, with_gpu, monkeypatch):
     with_gpu(DRIVER)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert hardware.unused_gpu() is None

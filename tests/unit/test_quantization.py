@@ -194,8 +194,8 @@ def test_threads_that_share_a_memo_do_not_mix_their_inputs():
         return [layer(states) for layer in layers]
 
     with ThreadPoolExecutor(4) as threads:
-        for number, given in enumerate(threads.map(outputs, range(400))):
-            assert all(map(torch.equal, given, expected[number % 8]))
+        for number, actual in enumerate(threads.map(outputs, range(400))):
+            assert all(map(torch.equal, actual, expected[number % 8]))
 
 
 def test_the_model_prepares_each_input_once(tiny_int8, prepared):
@@ -398,7 +398,7 @@ def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(folder, int8_cac
     assert not int8_cache.exists() or not list(int8_cache.iterdir())
 
 
-def test_progress_is_told_from_nothing_to_nearly_all(folder, int8_cache):
+def test_progress_is_reported_from_nothing_to_nearly_all(folder, int8_cache):
     reports = []
     paligemma.load(folder, dtype="int8", progress=lambda *report: reports.append(report))
     for doing in ("Turning the weights into int8", "Packing the int8 weights"):
