@@ -129,7 +129,7 @@ def test_an_object_appears_with_the_token_that_completes_it(seam):
         ("<seg007>" * 16, "a box of 0 instead of 4 locations"),
     ],
 )
-def test_broken_boxes_are_left_out_and_told(text, problem):
+def test_broken_boxes_are_left_out_and_reported(text, problem):
     answer = AnnotatedText(text)
     answer.finish()
     assert answer.detections == []
@@ -196,10 +196,10 @@ def test_the_mask_of_a_box_without_pixels_is_empty():
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.randoms())
-def test_run_lengths_tell_a_mask_column_by_column(height, width, random):
+def test_run_lengths_describe_a_mask_column_by_column(height, width, random):
     mask = np.array([[random.random() < 0.5 for _ in range(width)] for _ in range(height)])
     runs = run_lengths(mask)
     inside = itertools.cycle([False, True])
-    told = [value for count, value in zip(runs["counts"], inside) for _ in range(count)]
+    values = [value for count, value in zip(runs["counts"], inside) for _ in range(count)]
     assert runs["size"] == [height, width]
-    assert np.array_equal(np.array(told).reshape(width, height).T, mask)
+    assert np.array_equal(np.array(values).reshape(width, height).T, mask)
