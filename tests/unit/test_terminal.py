@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -37,7 +38,9 @@ def test_settings_reach_the_model(tiny, capsys):
 def test_tokens_are_printed_as_they_come_until_the_reader_goes_away(tmp_path):
     save_reference(make_reference(std=0.2), tmp_path)
     long_answer = command(IMAGE, "caption en", "--model", tmp_path, "--max-new-tokens", 500)
-    with subprocess.Popen(long_answer, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(long_answer, cwd=ROOT, env=buffered, **streams) as process:
         assert process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b""
