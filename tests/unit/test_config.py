@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from random_checkpoints import make_reference, save_reference
+from random_checkpoints import VOCABULARY, make_reference, save_reference
 
 import paligemma
 from paligemma import PaliGemmaError
@@ -196,6 +196,13 @@ def test_written_config_is_read_back():
     for text in (TextConfig(rope_theta=500.0), TextConfig("gemma2", query_pre_attn_scalar=256.0, sliding_window=8)):
         config = PaliGemmaConfig(VisionConfig(hidden_act="gelu"), text, eos_token_ids=(1, 107))
         assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+
+
+def test_image_token_of_the_tokenizer_counts_in_the_loaded_checkpoint(tmp_path):
+    config = json.loads((save_reference(make_reference(), tmp_path) / "config.json").read_text())
+    config["image_token_index"] = VOCABULARY.token_to_id("<loc0000>")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert paligemma.load(tmp_path, device="cpu").config.image_token_id == VOCABULARY.token_to_id("<image>")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "gelu_fast"])
