@@ -35,6 +35,7 @@ ENCODER = {
 }
 RESOLUTIONS = (224, 448, 896)
 PURPOSES = {"mix": "questions, captions, text, boxes, masks", "pt": "to be fine-tuned", "ft-docci": "long captions"}
+USABLE = 0.97  # of a memory: the rest is the system's
 # Of the smallest machine of each kind, in gigabytes, with the dtype that this package runs best there. ZeroGPU lends a
 # slice of an H200, or where that is newer half or all of a card of 96 GB (huggingface.co/docs/hub/spaces-zerogpu).
 HARDWARE = {
@@ -55,7 +56,7 @@ class Sizes:
     def fits(self, hardware: str) -> bool:
         """Whether it runs on the hardware of this name, one of `HARDWARE`."""
         gigabytes, dtype = HARDWARE[hardware]
-        return self.running_bytes[dtype] <= gigabytes * 10**9
+        return self.running_bytes[dtype] <= USABLE * gigabytes * 10**9
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class ContrastiveModel(nn.Module):
         return self.vision_tower(pixel_values).mean(1)
 
     def losses(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        """The loss of pairs, as `pair_tensors` makes them, by its name."""
+        """The loss of pairs, as `CropPairs` gives them, by its name."""
         images, texts = self.embed_images(pixel_values), self.text_tower(input_ids)
         if self.loss == "clip":
             return {"clip": clip_loss(images, texts, self.log_scale)}
@@ -133,21 +133,21 @@ class CropPairs(Dataset[tuple[Tensor, Tensor]]):
 
 @torch.inference_mode()
 def retrieval(model: ContrastiveModel, processor: Processor, painter: Painter) -> dict[str, float]:
-    """How often the nearest of all captions of fresh crops is right for a crop, in its kind, in its background.
+    """How often the nearest of the captions of fresh crops is a crop's own, names its kind, names its background.
 
     Returns:
-        the three shares, from 0 to 1, and under `captions` the number of captions to choose from.
+        the three shares, from 0 to 1.
     """
     crops = draw_crops(processor, painter, [EVALUATION_SEED], EVALUATION_CROPS)
-    truth = [(caption(crop), crop.objects[0].kind, crop.background) for crop in crops]
-    by_caption = {facts[0]: facts for facts in truth}
+    facts = [(caption(crop), crop.objects[0].kind, crop.background) for crop in crops]
+    distinct = list(dict.fromkeys(facts))
     device = model.bias.device
     images = model.embed_images(pixel_values(processor, [crop.image for crop in crops]).to(device))
-    texts = model.text_tower(text_ids(processor, list(by_caption)).to(device))
+    texts = model.text_tower(text_ids(processor, [text for text, _, _ in distinct]).to(device))
     cosines = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T  # [crops, captions]
-    nearest = [list(by_caption.values())[index] for index in cosines.argmax(-1).tolist()]
-    shares = np.mean([[one == other for one, other in zip(*pair)] for pair in zip(truth, nearest)], axis=0)
-    return {**dict(zip(("caption", "kind", "background"), shares.tolist())), "captions": len(by_caption)}
+    nearest = [distinct[index] for index in cosines.argmax(-1).tolist()]
+    shares = np.mean([[one == other for one, other in zip(*pair)] for pair in zip(facts, nearest)], axis=0)
+    return dict(zip(("own caption", "right kind", "right background"), shares.tolist()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,23 +157,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {PAIRS_A_BATCH} pairs each")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    embedded = paligemma.load(device="cpu").processor
-    processor = Processor(replace(embedded.config, vision=VISION), embedded.tokenizer)
-    painter = Painter(load_sheet())
-    torch.manual_seed(0)
-    model = ContrastiveModel(processor, options.loss).to(options.device)
     try:
-        run = Run("contrastive", model, options.output, options.steps, PEAK)
+        train(options.output, options.loss, options.steps, options.device)
     except paligemma.PaliGemmaError as error:
         raise SystemExit(str(error)) from error
-    run.train(CropPairs(processor, painter), lambda pairs: model.losses(*(part.to(options.device) for part in pairs)))
-    figures = retrieval(model, processor, painter)
-    print(
-        f"Of {EVALUATION_CROPS} fresh crops, with {figures.pop('captions')} captions to choose from, the nearest caption:"
-    )
-    for name, share in figures.items():
-        print(f"{share:.3f} {'is right' if name == 'caption' else f'has the right {name}'}")
-    save_file(model.vision_tower.state_dict(), options.output / "vision_tower.safetensors")
+
+
+def train(output: Path, loss: str, steps: int, device: str) -> None:
+    """Train an encoder, print how well it retrieves captions, and write it to `output`."""
+    embedded = paligemma.load(device=device)  # for its tokenizer
+    processor = Processor(replace(embedded.config, vision=VISION), embedded.processor.tokenizer)
+    painter = Painter(load_sheet())
+    torch.manual_seed(0)
+    model = ContrastiveModel(processor, loss).to(embedded.device)
+    run = Run("contrastive", model, output, steps, PEAK)
+    run.train(CropPairs(processor, painter), lambda pairs: model.losses(*(part.to(embedded.device) for part in pairs)))
+    print(f"Of {EVALUATION_CROPS} fresh crops, how many have as the nearest of all their captions one with the")
+    for name, share in retrieval(model, processor, painter).items():
+        print(f"{name}: {share:.3f}")
+    save_file(model.vision_tower.state_dict(), output / "vision_tower.safetensors")
 
 
 if __name__ == "__main__":
