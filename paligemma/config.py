@@ -258,7 +258,8 @@ def _text_config(values: dict[str, Any]) -> TextConfig:
     text = replace(left_out, **_numbers(left_out, {**values, "rope_theta": _rope_theta(values)}))
     # Elsewhere null stands for the default, but these it switches off.
     switches = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
-    text = replace(text, **{name: None for name in switches if values.get(name, 0) is None})
+    switched_off: dict[str, Any] = {name: None for name in switches if values.get(name, 0) is None}
+    text = replace(text, **switched_off)
     kinds = [
         "sliding_attention" if text.has_window(layer) else "full_attention" for layer in range(text.num_hidden_layers)
     ]

@@ -216,7 +216,7 @@ class Models:
                 if not idle:
                     return  # what is there must do
                 oldest = min(idle, key=lambda one: one.last_used)
-                log.info("unloading %s for room", oldest.source or EMBEDDED)
+                log.info("unloading %s to free memory", oldest.source or EMBEDDED)
                 oldest.loading = oldest.vlm = None
             _free()
 

@@ -52,7 +52,7 @@ def log(vlm, monkeypatch):
     return log
 
 
-visit = st.fixed_dictionaries(
+request = st.fixed_dictionaries(
     {
         "image": st.sampled_from(IMAGES),
         "prompt": st.sampled_from(PROMPTS),
@@ -66,21 +66,21 @@ visit = st.fixed_dictionaries(
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(visit, st.integers(0, 12), st.integers(1, 30)), min_size=1, max_size=8))
-def test_a_sequence_says_the_same_whoever_else_is_served(long_winded, visits):
+@given(st.lists(st.tuples(request, st.integers(0, 12), st.integers(1, 30)), min_size=1, max_size=8))
+def test_a_sequence_says_the_same_whoever_else_is_served(long_winded, requests):
     vlm = paligemma.VisionLanguageModel(long_winded.model, long_winded.processor)
     vlm.engine.rows = 4  # so that some have to wait
-    answers = [vlm.stream(**visit) for visit, _, _ in visits]
-    tokens = [[] for _ in visits]
+    answers = [vlm.stream(**request) for request, _, _ in requests]
+    tokens = [[] for _ in requests]
     for tick in range(50):
-        for (_, arrival, stop), answer, said in zip(visits, answers, tokens):
+        for (_, arrival, stop), answer, received in zip(requests, answers, tokens):
             if arrival <= tick < arrival + stop and (token := next(answer, None)) is not None:
-                said.append((token.id, token.text))
+                received.append((token.id, token.text))
             elif tick == arrival + stop:
                 answer.close()
-    for (visit, _, stop), said in zip(visits, tokens):
-        alone = [(token.id, token.text) for token in long_winded.stream(**visit)]
-        assert said == alone[:stop]
+    for (request, _, stop), received in zip(requests, tokens):
+        alone = [(token.id, token.text) for token in long_winded.stream(**request)]
+        assert received == alone[:stop]
 
 
 def test_a_batch_is_answered_in_the_same_steps(vlm, log):
