@@ -20,7 +20,7 @@ from paligemma.mask_decoder import MaskDecoder
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "paligemma" / "demo" / "examples"
-# Of a stopped answer: the one under way, and one that may end while the news travels.
+# Of a stopped answer: the one under way, and one that may end before the request arrives.
 ONE_TOKEN = 2
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -33,7 +33,7 @@ def tiny() -> paligemma.VisionLanguageModel:
 
 @pytest.fixture(scope="session")
 def with_mask_decoder(tiny: paligemma.VisionLanguageModel) -> paligemma.VisionLanguageModel:
-    """The embedded checkpoint beside a decoder of masks that says of everything that it is the object."""
+    """The embedded checkpoint beside a mask decoder whose masks are the whole box."""
     decoder = MaskDecoder(codes=128, code_width=8, width=16)
     decoder.decoder[-1].bias.data.fill_(100)
     return paligemma.VisionLanguageModel(tiny.model, tiny.processor, decoder)
