@@ -36,7 +36,7 @@ def tiny() -> paligemma.VisionLanguageModel:
 
 @pytest.fixture(scope="session")
 def with_mask_decoder(tiny: paligemma.VisionLanguageModel) -> paligemma.VisionLanguageModel:
-    """The embedded checkpoint beside a decoder of masks that says of everything that it is the object."""
+    """The embedded checkpoint beside a mask decoder whose masks are the whole box."""
     decoder = MaskDecoder(codes=128, code_width=8, width=16)
     decoder.decoder[-1].bias.data.fill_(100)
     return paligemma.VisionLanguageModel(tiny.model, tiny.processor, decoder)
@@ -66,7 +66,7 @@ class Watched(paligemma.VisionLanguageModel):
         self.model.logits = count
 
 
-class Saying(paligemma.VisionLanguageModel):
+class Answering(paligemma.VisionLanguageModel):
     """Answers every prompt with the same text, word by word."""
 
     def __init__(self, vlm: paligemma.VisionLanguageModel, text: str):

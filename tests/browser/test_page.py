@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import EXAMPLES, ONE_TOKEN, Saying, tokens_after, wait_until
+from conftest import EXAMPLES, ONE_TOKEN, Answering, tokens_after, wait_until
 from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import expect
@@ -124,9 +124,9 @@ def test_each_line_is_a_prompt_of_its_own(open_page, page_address, tiny):
     assert tab.locator("#answers code").all_text_contents() == prompts
 
 
-def test_objects_appear_while_the_answer_streams_and_light_up_with_their_words(open_page, serve, with_mask_decoder):
+def test_objects_appear_while_the_answer_streams_and_light_up_with_their_labels(open_page, serve, with_mask_decoder):
     tab = open_page(
-        serve(Saying(with_mask_decoder, f"{BOX} {'<seg005>' * 16} cat ; {OTHER_BOX}\ndog ; <loc0001> bird"))
+        serve(Answering(with_mask_decoder, f"{BOX} {'<seg005>' * 16} cat ; {OTHER_BOX}\ndog ; <loc0001> bird"))
     )
     upload(tab, PICTURE)
     expect(tab.locator("#figure")).to_be_attached()  # updates may be lost of what is put in only when it is needed
@@ -143,24 +143,24 @@ def test_objects_appear_while_the_answer_streams_and_light_up_with_their_words(o
     assert box["x"] - picture["x"] == pytest.approx(0.25 * picture["width"], abs=3)
     assert box["width"] == pytest.approx(0.5 * picture["width"], abs=3)
 
-    words, marks = tab.locator("#answers .object"), tab.locator("#figure g")
-    assert [words.nth(at).get_attribute("style") for at in (0, 1)] == [
+    labels, marks = tab.locator("#answers .object"), tab.locator("#figure g")
+    assert [labels.nth(at).get_attribute("style") for at in (0, 1)] == [
         marks.nth(at).get_attribute("style") for at in (0, 1)
     ]
-    words.nth(1).hover()
+    labels.nth(1).hover()
     expect(marks.nth(0)).to_have_css("opacity", "0.15")
     expect(marks.nth(1)).to_have_css("opacity", "1")
     marks.nth(0).locator("rect.box").hover()
-    expect(words.nth(0)).to_have_css("outline-style", "solid")
-    expect(words.nth(1)).to_have_css("outline-style", "none")
+    expect(labels.nth(0)).to_have_css("outline-style", "solid")
+    expect(labels.nth(1)).to_have_css("outline-style", "none")
     tab.mouse.move(0, 0)
-    words.nth(0).focus()
+    labels.nth(0).focus()
     expect(marks.nth(0)).to_have_css("opacity", "1")
     expect(marks.nth(1)).to_have_css("opacity", "0.15")
 
 
-def test_what_was_found_can_be_taken_away(open_page, serve, tiny):
-    tab = open_page(serve(Saying(tiny, f"{BOX} cat")))
+def test_the_marked_picture_and_the_objects_can_be_downloaded(open_page, serve, tiny):
+    tab = open_page(serve(Answering(tiny, f"{BOX} cat")))
     upload(tab, PICTURE)
     tab.click("#run")
     expect(tab.locator("#as-picture")).to_be_visible(timeout=20_000)
@@ -181,9 +181,9 @@ def test_what_was_found_can_be_taken_away(open_page, serve, tiny):
     wait_until(lambda: tab.evaluate("navigator.clipboard.readText()") == f"{BOX} cat", tab=tab)
 
 
-def test_what_was_taken_away_is_deleted_with_the_uploaded_files(tiny):
+def test_downloads_are_deleted_with_the_uploaded_files(tiny):
     page = app.build_page(Models([None], lambda source, **_: tiny))
-    folder = Path(get_upload_folder()) / "taken"
+    folder = Path(get_upload_folder()) / "downloads"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(PICTURE, folder)
     record = {"path": str(folder / PICTURE.name), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
@@ -377,7 +377,7 @@ def test_a_menu_of_checkpoints_loads_the_one_that_is_chosen(open_page, serve, ti
 
     def load(source, progress, make_room):
         asked.append(source)
-        return tiny if source is None else Saying(tiny, "the other one")
+        return tiny if source is None else Answering(tiny, "the other one")
 
     tab = open_page(serve(Models([None, "a/b"], load)))
     upload(tab, PICTURE)
@@ -394,7 +394,7 @@ def test_a_menu_of_checkpoints_loads_the_one_that_is_chosen(open_page, serve, ti
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_barrier(browser, serve, tiny, scheme):
-    address = serve(Saying(tiny, f"{BOX} cat ; {OTHER_BOX} dog ; <loc0001> bird"))
+    address = serve(Answering(tiny, f"{BOX} cat ; {OTHER_BOX} dog ; <loc0001> bird"))
     tab = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
     tab.goto(address)
     upload(tab, PICTURE)

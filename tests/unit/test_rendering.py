@@ -32,7 +32,7 @@ def test_white_letters_can_be_read_on_each_color(color):
     assert 1.05 / (luminance(color) + 0.05) >= 4.5
 
 
-def test_neighbours_in_an_answer_have_different_colors():
+def test_neighbors_in_an_answer_have_different_colors():
     objects = mark_objects([CAT] * (len(COLORS) + 1), decode_mask)
     assert len({marked.color for marked in objects[:-1]}) == len(COLORS)
     assert objects[0].color == objects[-1].color

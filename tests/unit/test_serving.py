@@ -178,7 +178,7 @@ def test_each_answer_leaves_one_line_without_its_content(tiny, caplog):
     assert "cats" not in caplog.text
 
 
-def test_an_answer_of_before_is_read_again():
+def test_an_earlier_answer_is_read_again():
     answer = Answer.of("detect cat", "<loc0256><loc0128><loc0512><loc0768> cat ; <loc0001>")
     assert [found.label for found in answer.annotated.detections] == ["cat"]
     assert answer.annotated.problems == ["a box of 1 instead of 4 locations"]
