@@ -131,8 +131,7 @@ class AnnotatedText:
 
     An object is there with what follows its box, which shows that no more locations come, and its mask once all codes
     are there; only its label may still grow then. A run of five or six locations is no box, one of eight is two. What is
-    broken is reported when it cannot get whole any more. Pushing takes time for the new text alone, however long the
-    answer is.
+    broken is reported when it cannot get whole any more. No text is parsed twice, however long the answer becomes.
     """
 
     def __init__(self, text: str = ""):

@@ -50,7 +50,14 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the Gemma decoder. The defaults are those of Gemma 2B as PaliGemma uses it."""
+    """Sizes of the Gemma or Gemma 2 decoder. The defaults are those of Gemma 2B as PaliGemma uses it.
+
+    Of Gemma 2 only:
+        query_pre_attn_scalar: the products of queries and keys are divided by its root; None: by that of head_dim.
+        attn_logit_softcapping, final_logit_softcapping: bounds of the attention's scores and of the logits; None: none.
+        sliding_window: of the positions before it, how many an answer's position attends to in every other layer, itself
+            included; None: all.
+    """
 
     model_type: str = "gemma"
     vocab_size: int = 257216
@@ -63,6 +70,14 @@ class TextConfig:
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None
+
+    def has_window(self, layer: int) -> bool:
+        """Whether this layer's answers attend to the sliding window only: layers 0, 2, 4 ... do, if there is one."""
+        return self.sliding_window is not None and layer % 2 == 0
 
 
 # What the sections of a config.json leave out: the defaults of transformers' classes, which write only what differs.
@@ -77,6 +92,18 @@ LEFT_OUT_TEXT = {
         num_hidden_layers=28,
         num_attention_heads=16,
         num_key_value_heads=16,
+    ),
+    "gemma2": TextConfig(
+        model_type="gemma2",
+        vocab_size=256000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_key_value_heads=4,
+        query_pre_attn_scalar=256.0,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        sliding_window=4096,
     ),
 }
 
@@ -228,7 +255,20 @@ def _text_config(values: dict[str, Any]) -> TextConfig:
         _require(values.get(name) or GELU_TANH, ACTIVATIONS, f"text_config.{name}")
     _require(bool(values.get("attention_bias")), (False,), "text_config.attention_bias")
     left_out = LEFT_OUT_TEXT[model_type]
-    return replace(left_out, **_numbers(left_out, {**values, "rope_theta": _rope_theta(values)}))
+    text = replace(left_out, **_numbers(left_out, {**values, "rope_theta": _rope_theta(values)}))
+    # Elsewhere null stands for the default, but these it switches off.
+    switches = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
+    switched_off: dict[str, Any] = {name: None for name in switches if values.get(name, 0) is None}
+    text = replace(text, **switched_off)
+    kinds = [
+        "sliding_attention" if text.has_window(layer) else "full_attention" for layer in range(text.num_hidden_layers)
+    ]
+    if text.sliding_window is not None and values.get("layer_types") not in (None, kinds):
+        raise PaliGemmaError(
+            "text_config.layer_types has its sliding windows elsewhere than in layers 0, 2, 4 ..., where this package "
+            "runs them; pick another checkpoint."
+        )
+    return text
 
 
 def _rope_theta(values: dict[str, Any]) -> object:
@@ -247,7 +287,7 @@ def _numbers(defaults: VisionConfig | TextConfig, values: dict[str, Any]) -> dic
     numbers = {}
     for name, default in asdict(defaults).items():
         value = values.get(name)
-        if value is None or isinstance(default, str):
+        if value is None or default is None or isinstance(default, str):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, type(default))) or not 0 < value < MAX_NUMBER:
             raise PaliGemmaError(

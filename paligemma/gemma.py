@@ -1,6 +1,8 @@
-"""The decoder: Gemma (arXiv 2403.08295). Module names are those of the official checkpoints."""
+"""The decoder: Gemma (arXiv 2403.08295) and Gemma 2 (2408.00118). Module names are those of official checkpoints."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ class RotaryEmbedding(nn.Module):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
         # One more than a sequence can have, for the spare position of a cache.
         positions = torch.arange(config.max_position_embeddings + 1, dtype=torch.float32, device="cpu")
-        angles = torch.outer(positions, config.rope_theta**-exponents)  # [positions, head_dim / 2]
+        angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)  # [positions, head_dim / 2]
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -59,6 +61,8 @@ class GemmaAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.softcap = config.attn_logit_softcapping
         query_size, kv_size = (
             heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
@@ -79,7 +83,7 @@ class GemmaAttention(nn.Module):
             hidden_states, rotary = hidden_states[:, first:], (rotary[0][first:], rotary[1][first:])
             mask = None if mask is None else mask[..., first:, :]
         queries = rotate(self.q_proj(hidden_states).view(batch, length - first, -1, self.head_dim), *rotary)
-        return self.o_proj(attend(queries, keys, values, mask))
+        return self.o_proj(attend(queries, keys, values, mask, self.scale, self.softcap))
 
 
 class GemmaMLP(nn.Module):
@@ -97,7 +101,7 @@ class GemmaMLP(nn.Module):
 
 
 class GemmaLayer(nn.Module):
-    """One pre-norm transformer layer."""
+    """One transformer layer, which normalizes what attention and MLP read."""
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -119,6 +123,32 @@ class GemmaLayer(nn.Module):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+class Gemma2Layer(nn.Module):
+    """One transformer layer, which normalizes what attention and MLP read and what they return."""
+
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = GemmaAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GemmaMLP(config)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        write: Write | None,
+        first: int = 0,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, write, first)
+        hidden_states = hidden_states[:, first:] + self.post_attention_layernorm(attended)
+        fed_forward = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+        return hidden_states + self.post_feedforward_layernorm(fed_forward)
+
+
 class TokenEmbedding(nn.Embedding):
     """The token embedding, which is the output layer as well."""
 
@@ -132,23 +162,27 @@ class GemmaModel(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.embedding_scale = config.hidden_size**0.5
+        self.config = config
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config)
-        self.layers = nn.ModuleList(GemmaLayer(config, layer) for layer in range(config.num_hidden_layers))
+        layer_class = {"gemma": GemmaLayer, "gemma2": Gemma2Layer}[config.model_type]
+        self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Int64 [B, T] to float [B, T, hidden_size], multiplied by sqrt(hidden_size)."""
-        return self.embed_tokens(input_ids) * self.embedding_scale
+        """Int64 [B, T] to float [B, T, hidden_size], multiplied by sqrt(hidden_size) as their dtype rounds it."""
+        embeddings = self.embed_tokens(input_ids)
+        return embeddings * embeddings.new_full((), self.config.hidden_size**0.5)
 
     def forward(
         self,
         hidden_states: Tensor,
         positions: slice | Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | None,
+        window_mask: Tensor | None,
         write: Write | None = None,
         first: int = 0,
+        after_layer: Callable[[], None] | None = None,
     ) -> Tensor:
         """Run the layers over T positions.
 
@@ -156,13 +190,18 @@ class GemmaModel(nn.Module):
             hidden_states: float [B, T, hidden_size], scaled token embeddings or image features.
             positions: where they stand in their sequences, a slice of T positions or int64 [B, T].
             mask: bool [B, 1, T, S], or what broadcasts to it, True where a position attends to another; None: everywhere.
+            window_mask: the same of the layers with a sliding window, see `TextConfig.has_window`.
             write: see `Write`, with S positions to attend to; None: the T positions attend to each other.
             first: the first of the T positions that are asked for: the last layer computes none before it.
+            after_layer: called after each layer but the last.
 
         Returns:
             float [B, T - first, hidden_size], after the last norm.
         """
         rotary = self.rotary(positions, hidden_states.dtype)
-        for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, rotary, mask, write)
-        return self.norm(self.layers[-1](hidden_states, rotary, mask, write, first))
+        masks = [window_mask if self.config.has_window(layer) else mask for layer in range(len(self.layers))]
+        for layer, its_mask in zip(self.layers[:-1], masks[:-1], strict=True):
+            hidden_states = layer(hidden_states, rotary, its_mask, write)
+            if after_layer is not None:
+                after_layer()
+        return self.norm(self.layers[-1](hidden_states, rotary, masks[-1], write, first))

@@ -1,16 +1,11 @@
-"""`VisionLanguageModel`: prefill once, decode step by step, one `Token` at a time."""
+"""`VisionLanguageModel`, a loaded checkpoint, and `Answer`, what it answers: the public face of the engine."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Lock
+from queue import SimpleQueue
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -19,31 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from .config import PaliGemmaConfig, PaliGemmaError
+from .engine import Engine
 from .images import open_image
-from .kv_cache import KVCache
 from .mask_decoder import MaskDecoder
 from .model import PaliGemma
 from .processor import Processor, TextStream
 from .sampling import Sampler, is_number, shorten
+from .sequence import Events, TokenSequence, read
 
 MAX_SEED = 2**63
-# A 3B checkpoint has 2 MB of features for an image of 224 pixels, in float32.
-MAX_FEATURE_BYTES = 64 * 2**20
-# The smallest capacity of a cache for compiled steps. Each capacity is compiled once, so that there are few of them:
-# they double.
-COMPILED_CAPACITY = 512
-
-
-@contextmanager
-def explained_lack_of_memory(device: torch.device) -> Iterator[None]:
-    """Turn a device's running out of memory into a PaliGemmaError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise PaliGemmaError(
-            f"The memory of {device} is too small; please choose the dtype bfloat16, a smaller checkpoint or a "
-            "larger machine."
-        ) from error
+ImageSource = Image.Image | str | os.PathLike
 
 
 @dataclass(frozen=True)
@@ -71,25 +51,35 @@ class Settings(TypedDict, total=False):
     seed: int | None
 
 
-class FeatureCache:
-    """The features of the latest images, so that the next prompt about one needs no run of the vision encoder."""
+class Answer:
+    """An answer while it is made: an iterator of its tokens. Closing it ends the work within one token.
 
-    def __init__(self, max_bytes: int):
-        self._max_bytes = max_bytes
-        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._lock = Lock()
+    The work begins when the first token is asked for, and waits for its reader when it is some tokens ahead.
+    """
 
-    def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """Return what `compute` returns, or returned when it was last called for this key."""
-        with self._lock:
-            features = self._features.pop(key, None)
-        if features is None:
-            features = compute()
-        with self._lock:
-            self._features[key] = features  # as the latest
-            while sum(kept.nbytes for kept in self._features.values()) > self._max_bytes:
-                self._features.popitem(last=False)
-        return features
+    def __init__(self, engine: Engine, sequence: TokenSequence, text: TextStream):
+        self._engine, self._sequence, self._text = engine, sequence, text
+        self._events: Iterator[tuple[TokenSequence, tuple[int, float] | None]] | None = None
+
+    def __iter__(self) -> Answer:
+        return self
+
+    def __next__(self) -> Token:
+        if self._events is None:
+            self._engine.submit(self._sequence)
+            self._events = read(self._sequence.events, 1)
+        _, event = next(self._events)
+        if event is None:
+            raise StopIteration
+        return _token(event, self._text)
+
+    def close(self) -> None:
+        """Free its place; there are no more tokens."""
+        self._sequence.close()
+        self._events = iter(())
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class VisionLanguageModel:
@@ -99,9 +89,7 @@ class VisionLanguageModel:
         self.model = model.eval()
         self.processor = processor
         self.mask_decoder = mask_decoder
-        self._features = FeatureCache(MAX_FEATURE_BYTES)
-        self._compiled_step: Callable[[Tensor, KVCache], Tensor] | None = None
-        self._free_caches: dict[int, list[KVCache]] = {}  # for compiled steps, by their capacity
+        self.engine = Engine(model)
 
     @property
     def config(self) -> PaliGemmaConfig:
@@ -109,37 +97,17 @@ class VisionLanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.language_model.norm.weight.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the activations."""
-        return self.model.language_model.norm.weight.dtype
+        return self.model.dtype
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of the weights: int8, or that of the activations."""
-        return self.model.language_model.embed_tokens.weight.dtype
-
-    def compile(self) -> None:
-        """Compile the step that makes a token, as one graph; on CUDA it is replayed as a CUDA graph.
-
-        The first answer then takes longer, while it is compiled.
-        """
-
-        def decode(input_ids: Tensor, cache: KVCache) -> Tensor:
-            return self.model.decode(input_ids, cache, cache.capacity, cache.mask(len(input_ids), cache.capacity))
-
-        compiled = torch.compile(decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
-
-        @torch.inference_mode()
-        def step(input_ids: Tensor, cache: KVCache) -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()
-            return compiled(input_ids, cache)
-
-        # A CUDA graph belongs to the thread that recorded it, and each token may be asked for from another.
-        thread = ThreadPoolExecutor(max_workers=1)
-        self._compiled_step = lambda input_ids, cache: thread.submit(step, input_ids, cache).result()
+        return self.model.weight_dtype
 
     def stream(
         self,
@@ -150,39 +118,53 @@ class VisionLanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
-    ) -> Iterator[Token]:
-        """Answer token by token; closing the iterator ends the work within one token.
+    ) -> Answer:
+        """Answer token by token; closing the answer ends the work within one token.
 
         Args:
             image: a Pillow image, or the path of an image file.
             prompt: in the syntax that the checkpoint was trained on, such as `caption en`.
             max_new_tokens: the answer's longest length, if `<eos>` does not end it earlier.
             temperature, top_k, top_p: see `Sampler`; the defaults are greedy.
-            seed: the same one gives the same text; None draws a new one.
+            seed: the same one gives the same text, whoever else is being served; None draws a new one.
 
         Raises:
             PaliGemmaError: at the call, not at the first token, if an argument cannot be used.
         """
-        sampler = Sampler(temperature, top_k, top_p)
-        input_ids = self.processor.input_ids(prompt)
-        longest = self.config.text.max_position_embeddings - len(input_ids)
-        if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= longest:
-            raise PaliGemmaError(
-                f"max_new_tokens is {shorten(max_new_tokens)}; after this prompt please give a whole number "
-                f"from 1 to {longest}."
-            )
-        if isinstance(image, (str, os.PathLike)):
-            image = open_image(image)
-        if not isinstance(image, Image.Image):
-            raise PaliGemmaError(
-                f"The picture is of type {type(image).__name__}; please give a Pillow picture or a path."
-            )
-        pixel_values = self.processor.pixel_values(image)
-        return self._tokens(pixel_values, input_ids, int(max_new_tokens), sampler, self._generator(seed))
+        sequence = self._sequence(image, {}, SimpleQueue(), prompt, max_new_tokens, temperature, top_k, top_p, seed)
+        return Answer(self.engine, sequence, self.processor.text_stream())
 
-    def generate(self, image: Image.Image | str | os.PathLike, prompt: str, **settings: Unpack[Settings]) -> str:
+    def stream_batch(
+        self, images: Sequence[ImageSource], prompts: Sequence[str], **settings: Unpack[Settings]
+    ) -> Generator[tuple[int, Token | None], None, None]:
+        """Answer prompts together: yield each token with its prompt's number, as they come, and None where an answer ends.
+
+        All arguments are checked at the call. Closing the iterator ends the work.
+
+        Raises:
+            PaliGemmaError: as `stream`, or there are not as many images as prompts.
+        """
+        if len(images) != len(prompts):
+            raise PaliGemmaError(
+                f"There are {len(images)} images for {len(prompts)} prompts; please give one for each."
+            )
+        events: Events = SimpleQueue()
+        seen: dict[int, Tensor] = {}
+        sequences = [self._sequence(image, seen, events, prompt, **settings) for image, prompt in zip(images, prompts)]
+        return self._read_batch(events, sequences)
+
+    def generate(self, image: ImageSource, prompt: str, **settings: Unpack[Settings]) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
         return "".join(token.text for token in self.stream(image, prompt, **settings))
+
+    def generate_batch(
+        self, images: Sequence[ImageSource], prompts: Sequence[str], **settings: Unpack[Settings]
+    ) -> list[str]:
+        """The whole answers of prompts that are answered together; arguments and errors as for `stream_batch`."""
+        texts = [""] * len(prompts)
+        for number, token in self.stream_batch(images, prompts, **settings):
+            texts[number] += token.text if token else ""
+        return texts
 
     @torch.inference_mode()
     def decode_mask(self, codes: Sequence[int]) -> np.ndarray | None:
@@ -195,62 +177,54 @@ class VisionLanguageModel:
             return None
         return self.mask_decoder(torch.tensor([list(codes)]))[0].numpy()
 
-    def _tokens(
-        self,
-        pixel_values: Tensor,
-        input_ids: list[int],
-        max_new_tokens: int,
-        sampler: Sampler,
-        generator: torch.Generator,
-    ) -> Iterator[Token]:
-        text = self.processor.text_stream()
-        length = len(input_ids)
-        # The last token's own keys and values are never needed.
-        with explained_lack_of_memory(self.device), self._cache(length + max_new_tokens - 1) as cache:
-            logits = self._prefill(pixel_values, input_ids, cache)
-            for remaining in reversed(range(max_new_tokens)):
-                next_id, probability = self._choose(logits, sampler, generator)
-                token = self._token(next_id, probability, text)
-                if token is None:
-                    return
-                yield token
-                if remaining:
-                    length += 1
-                    logits = self._decode(next_id, cache, length)
-
-    def _token(self, next_id: Tensor, probability: Tensor, text: TextStream) -> Token | None:
-        """The chosen token, or None if it ends the answer."""
-        token_id = int(next_id)  # waits for the device; the probability is ready with it
-        chance = float(probability)
-        if math.isnan(chance):
-            dtype = str(self.weight_dtype).removeprefix("torch.")
-            raise PaliGemmaError(
-                f"The logits are not finite in {dtype}; please choose the dtype bfloat16, or, if they are not in that "
-                "either, fetch the checkpoint again."
-            )
-        return None if token_id in self.config.eos_token_ids else Token(token_id, text.push(token_id), chance)
-
-    @contextmanager
-    def _cache(self, length: int) -> Iterator[KVCache]:
-        """A cache of one slot for at least `length` positions; those for compiled steps are used again afterwards."""
-        if self._compiled_step is None:
-            yield KVCache(self.config.text, 1, length, self.dtype, self.device)
-            return
-        capacity = COMPILED_CAPACITY
-        while capacity < length:
-            capacity *= 2
-        capacity = min(capacity, self.config.text.max_position_embeddings)
-        free = self._free_caches.setdefault(capacity, [])
+    def _read_batch(
+        self, events: Events, sequences: list[TokenSequence]
+    ) -> Generator[tuple[int, Token | None], None, None]:
+        texts = {sequence: (number, self.processor.text_stream()) for number, sequence in enumerate(sequences)}
         try:
-            cache = free.pop()
-        except IndexError:  # all of this capacity are in use
-            cache = KVCache(self.config.text, 1, capacity, self.dtype, self.device)
-            cache.mark_static()
-        try:
-            yield cache
+            for sequence in sequences:
+                self.engine.submit(sequence)
+            for sequence, event in read(events, len(sequences)):
+                number, text = texts[sequence]
+                yield number, None if event is None else _token(event, text)
         finally:
-            cache.release(0)
-            free.append(cache)
+            for sequence in sequences:
+                sequence.close()
+
+    def _sequence(
+        self,
+        image: ImageSource,
+        seen: dict[int, Tensor],
+        events: Events,
+        prompt: str,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> TokenSequence:
+        """What the engine takes, from the arguments of `stream`, which are checked; `seen` holds images' pixel values."""
+        sampler = Sampler(temperature, top_k, top_p)
+        input_ids = self.processor.input_ids(prompt)
+        longest = self.config.text.max_position_embeddings - len(input_ids)
+        if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= longest:
+            raise PaliGemmaError(
+                f"max_new_tokens is {shorten(max_new_tokens)}; after this prompt please give a whole number "
+                f"from 1 to {longest}."
+            )
+        generator = self._generator(seed)
+        if id(image) not in seen:
+            seen[id(image)] = self._pixel_values(image)
+        return TokenSequence(seen[id(image)], input_ids, int(max_new_tokens), sampler, generator, events)
+
+    def _pixel_values(self, image: ImageSource) -> Tensor:
+        if isinstance(image, (str, os.PathLike)):
+            image = open_image(image)
+        if not isinstance(image, Image.Image):
+            raise PaliGemmaError(
+                f"The picture is of type {type(image).__name__}; please give a Pillow picture or a path."
+            )
+        return self.processor.pixel_values(image)
 
     def _generator(self, seed: int | None) -> torch.Generator:
         generator = torch.Generator(self.device)
@@ -263,30 +237,7 @@ class VisionLanguageModel:
             )
         return generator.manual_seed(int(seed))
 
-    @torch.inference_mode()
-    def _prefill(self, pixel_values: Tensor, input_ids: list[int], cache: KVCache) -> Tensor:
-        digest = hashlib.sha256(pixel_values.contiguous().numpy().data).digest()
-        image_features = self._features.get(
-            (digest, self._encoder_version()),
-            lambda: self.model.image_features(pixel_values.to(self.device, self.dtype)),
-        )
-        return self.model.prefill(image_features, torch.tensor([input_ids], device=self.device), cache)
 
-    def _encoder_version(self) -> tuple:
-        """A key that changes when a parameter of encoder or projector is replaced or written to, as by fine-tuning."""
-        parameters = (*self.model.vision_tower.parameters(), *self.model.multi_modal_projector.parameters())
-        # Tensors made in inference mode do not count how often they are written to.
-        return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
-
-    @torch.inference_mode()
-    def _decode(self, token_id: Tensor, cache: KVCache, length: int) -> Tensor:
-        """Append a token, int64 [1], as position `length` of the sequence; the next one's logits [1, vocab_size]."""
-        if self._compiled_step is not None:
-            return self._compiled_step(token_id[:, None], cache)
-        return self.model.decode(token_id[:, None], cache, length)
-
-    @torch.inference_mode()
-    def _choose(self, logits: Tensor, sampler: Sampler, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The next token's id, int64 [1], and its probability, float32 [1], NaN where logits are not finite."""
-        next_id = sampler(logits, generator)
-        return next_id, logits.softmax(dim=-1).gather(-1, next_id[:, None])[:, 0]
+def _token(chosen: tuple[int, float], text: TextStream) -> Token:
+    token_id, probability = chosen
+    return Token(token_id, text.push(token_id), probability)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,6 +69,27 @@ def _has_nvidia_gpu() -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return listed.stdout.startswith("GPU")
+
+
+def lack_of_memory(error: Exception, device: torch.device) -> Exception:
+    """The error itself, or if it says that the memory of `device` is full, a PaliGemmaError that says what to do."""
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        return error
+    return PaliGemmaError(
+        f"The memory of {device} is too small; please choose the dtype bfloat16, a smaller checkpoint or a larger machine."
+    )
+
+
+@contextmanager
+def explained_lack_of_memory(device: torch.device) -> Iterator[None]:
+    """Raise a device's running out of memory as a PaliGemmaError."""
+    try:
+        yield
+    except Exception as error:
+        explained = lack_of_memory(error, device)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

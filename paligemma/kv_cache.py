@@ -60,6 +60,13 @@ class KVCache:
         """Forget the sequence in `slot`."""
         self.lengths[slot] = self.capacity
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """Put the sequence of `length` positions in one slot into another, free one."""
+        for cached in (self.keys, self.values):
+            cached[:, target, :, :length] = cached[:, source, :, :length]
+        self.lengths[target] = length
+        self.release(source)
+
     def step_writer(self, rows: int, limit: int) -> Write:
         """A function that appends a position (T is 1) to each of the first `rows` slots.
 
@@ -80,12 +87,13 @@ class KVCache:
         """Count one more position in each of the first `rows` slots, once every layer has been written."""
         self.lengths[:rows].add_(1).clamp_(max=self.capacity)
 
-    def mask(self, rows: int, limit: int) -> Tensor:
+    def mask(self, rows: int, limit: int, window: int | None = None) -> Tensor:
         """Which of `limit` positions a step over the first `rows` slots attends to, bool [rows, 1, 1, limit].
 
-        Those of its own sequence, the one that the step itself writes included.
+        Those of its own sequence, the one that the step itself writes included; of these the last `window`, if given.
         """
-        return torch.arange(limit, device=self.lengths.device) <= self.lengths[:rows, None, None, None]
+        distance = self.lengths[:rows, None, None, None] - torch.arange(limit, device=self.lengths.device)
+        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
     def mark_static(self) -> None:
         """Tell `torch.compile` that all of this stays where it is, so that a CUDA graph copies none of it."""

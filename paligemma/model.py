@@ -1,6 +1,8 @@
-"""PaliGemma (arXiv 2407.07726): vision encoder, linear projector, decoder, and the mask of a prefix and its answer."""
+"""PaliGemma (arXiv 2407.07726, 2412.03555): vision encoder, linear projector, decoder, and the mask of a prefix and its answer."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +37,33 @@ class PaliGemma(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Float [..., hidden_size], the decoder's last, to float32 [..., vocab_size]."""
-        if self.lm_head is None:
-            return self.language_model.embed_tokens.logits(hidden_states).float()
-        return self.lm_head(hidden_states).float()
+        output_layer = self.language_model.embed_tokens.logits if self.lm_head is None else self.lm_head
+        logits, softcap = output_layer(hidden_states).float(), self.config.text.final_logit_softcapping
+        return logits if softcap is None else softcap * (logits / softcap).tanh()
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations."""
+        return self.language_model.norm.weight.dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the weights: int8, or that of the activations."""
+        return self.language_model.embed_tokens.weight.dtype
+
+    def image_features(self, pixel_values: Tensor, after_layer: Callable[[], None] | None = None) -> Tensor:
         """Float [B, 3, H, W] to float [B, patches, hidden_size], as they enter the decoder (unscaled)."""
-        return self.multi_modal_projector["linear"](self.vision_tower(pixel_values))
+        return self.multi_modal_projector["linear"](self.vision_tower(pixel_values, after_layer))
+
+    def encoder_version(self) -> tuple:
+        """A key that changes when a parameter of encoder or projector is replaced or written to, as by fine-tuning."""
+        parameters = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
+        # Tensors made in inference mode do not count how often they are written to.
+        return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
 
     def hidden_states(
         self,
@@ -56,9 +78,12 @@ class PaliGemma(nn.Module):
         Returns:
             float [B, T - first, hidden_size].
         """
-        mask = prefix_lm_mask(input_ids.shape[1], prefix_lengths, attention_mask)
-        positions = slice(0, input_ids.shape[1])
-        return self.language_model(self._embed(image_features, input_ids), positions, mask, first=first)
+        length, window = input_ids.shape[1], self.config.text.sliding_window
+        mask = window_mask = prefix_lm_mask(length, prefix_lengths, attention_mask)
+        if window is not None and window < length:
+            window_mask = prefix_lm_mask(length, prefix_lengths, attention_mask, window)
+        embeddings = self._embed(image_features, input_ids)
+        return self.language_model(embeddings, slice(0, length), mask, window_mask, first=first)
 
     def forward(
         self,
@@ -82,13 +107,21 @@ class PaliGemma(nn.Module):
         hidden_states = self.hidden_states(self.image_features(pixel_values), input_ids, prefix_lengths, attention_mask)
         return self.logits(hidden_states)
 
-    def prefill(self, image_features: Tensor, input_ids: Tensor, cache: KVCache, slot: int = 0) -> Tensor:
+    def prefill(
+        self,
+        image_features: Tensor,
+        input_ids: Tensor,
+        cache: KVCache,
+        slot: int = 0,
+        after_layer: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Read images and prompts into B slots of `cache` from `slot` on, all positions of a row attending to each other.
 
         Args:
             image_features: float [B, patches, hidden_size].
             input_ids: int64 [B, T], unpadded, the image placeholders first.
             cache: with a capacity of at least T positions.
+            after_layer: called after each layer of the decoder but the last; steps over other slots may run meanwhile.
 
         Returns:
             float32 [B, vocab_size], the logits of the token after the prompt.
@@ -97,8 +130,11 @@ class PaliGemma(nn.Module):
         hidden_states = self.language_model(
             self._embed(image_features, input_ids),
             slice(0, length),
+            mask=None,
+            window_mask=None,
             write=cache.prefill_writer(slot),
             first=length - 1,
+            after_layer=after_layer,
         )
         cache.start(slot, rows, length)
         return self.logits(hidden_states[:, -1])
@@ -115,11 +151,12 @@ class PaliGemma(nn.Module):
         Returns:
             float32 [B, vocab_size], the logits of the token after it.
         """
-        rows = len(input_ids)
+        rows, window = len(input_ids), self.config.text.sliding_window
         hidden_states = self.language_model(
             self.language_model.embed(input_ids),
             cache.lengths[:rows, None],
             mask,
+            mask if window is None or limit <= window else cache.mask(rows, limit, window),
             cache.step_writer(rows, limit),
         )
         cache.advance(rows)
@@ -130,20 +167,24 @@ class PaliGemma(nn.Module):
         return torch.cat((image_features, text), dim=1)
 
 
-def prefix_lm_mask(length: int, prefix_lengths: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+def prefix_lm_mask(
+    length: int, prefix_lengths: Tensor | None, attention_mask: Tensor | None, window: int | None = None
+) -> Tensor | None:
     """Which position (row) attends to which (column).
 
-    A prefix of two and an answer of two; the same with the last position as padding; a prefix only:
+    A prefix of two and an answer of two; the same with the last position as padding, and with a sliding window of two;
+    a prefix only:
 
-        1 1 0 0      1 1 0 0      1 1 1 1
-        1 1 0 0      1 1 0 0      1 1 1 1
-        1 1 1 0      1 1 1 0      1 1 1 1
-        1 1 1 1      1 1 1 0      1 1 1 1
+        1 1 0 0      1 1 0 0      1 1 0 0      1 1 1 1
+        1 1 0 0      1 1 0 0      1 1 0 0      1 1 1 1
+        1 1 1 0      1 1 1 0      0 1 1 0      1 1 1 1
+        1 1 1 1      1 1 1 0      0 0 1 1      1 1 1 1
 
     Args:
         length: T, the number of positions.
         prefix_lengths: int64 [B], or None if every row is prefix as a whole.
         attention_mask: [B, T], zero at padding, or None.
+        window: of the positions up to itself, how many an answer's position attends to; None: all.
 
     Returns:
         bool [B, 1, T, T], or None where every position attends to every other and attention needs no mask.
@@ -151,9 +192,10 @@ def prefix_lm_mask(length: int, prefix_lengths: Tensor | None, attention_mask: T
     mask = None
     if prefix_lengths is not None:
         positions = torch.arange(length, device=prefix_lengths.device)
-        causal = positions[:, None] >= positions[None, :]  # [T, T]
+        distance = positions[:, None] - positions[None, :]  # [T, T]
+        causal = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         in_prefix = positions[None, :] < prefix_lengths[:, None]  # [B, T]
-        mask = (causal | in_prefix[:, None, :])[:, None]
+        mask = (causal | (in_prefix[:, :, None] & in_prefix[:, None, :]))[:, None]
     if attention_mask is not None:
         real = attention_mask.bool()[:, None, None, :]  # [B, 1, 1, T]
         mask = real.expand(-1, -1, length, -1) if mask is None else mask & real

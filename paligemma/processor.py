@@ -52,8 +52,9 @@ class Processor:
         if problem := _disagreement(config, vocabulary):
             raise PaliGemmaError(f"{path} {problem}; please take both files from the same PaliGemma checkpoint.")
         # Official files list few of these as tokens of their own; the others would fall apart in a prompt.
+        listed = tokenizer.get_added_tokens_decoder()
         tokenizer.add_special_tokens([IMAGE_TOKEN, BOS_TOKEN, EOS_TOKEN])
-        tokenizer.add_tokens([*LOC_TOKENS, *SEG_TOKENS])
+        tokenizer.add_tokens([token for token in (*LOC_TOKENS, *SEG_TOKENS) if vocabulary[token] not in listed])
         config = replace(config, image_token_id=_image_token_id(vocabulary))
         return cls(config, tokenizer)
 

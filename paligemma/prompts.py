@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ENGLISH = "en"
-# Those of COCO-35L, which the official checkpoints learnt to caption and to answer in, by their codes.
+# Those of COCO-35L, which the official checkpoints learned to caption and to answer in, by their codes.
 LANGUAGES = {
     "ar": "Arabic", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
     "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fil": "Filipino", "fr": "French", "hi": "Hindi",
@@ -36,7 +36,7 @@ class Task:
 
 TASKS = (
     Task("Caption", "caption", "", "One sentence about the whole picture.", has_language=True),
-    Task("Describe", "describe", "", "More about it: sizes, colours, places.", has_language=True),
+    Task("Describe", "describe", "", "More about it: sizes, colors, places.", has_language=True),
     Task("Ask", "answer", "how many cats are there?", "Write your own question after `answer en`.", has_language=True),
     Task("Detect", "detect", "cat ; dog", "Draws boxes. Name one kind, or several with ` ; ` between them."),
     Task("Segment", "segment", "cat", "Draws outlines. Name one kind, or several with ` ; ` between them."),
@@ -51,11 +51,12 @@ def task_of(prompt: str) -> Task | None:
 
 
 def detect_prompt(objects: str) -> str:
-    """`cat, dog`, `cat; dog` or one a line: the prompt that asks for boxes of all of them."""
+    """The prompt that asks for boxes of all `objects`, written as `cat, dog`, `cat; dog` or one a line."""
     return f"detect {_separated(objects)}"
 
 
 def segment_prompt(objects: str) -> str:
+    """The prompt that asks for masks, see `detect_prompt`."""
     return f"segment {_separated(objects)}"
 
 

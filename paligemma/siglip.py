@@ -6,6 +6,8 @@ Module names are those of the official checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,9 +89,19 @@ class SiglipVisionModel(nn.Module):
         )
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Args: pixel_values, float [B, 3, image_size, image_size], in -1 to 1. Returns: float [B, patches, width]."""
+    def forward(self, pixel_values: Tensor, after_layer: Callable[[], None] | None = None) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixel_values: float [B, 3, image_size, image_size], in -1 to 1.
+            after_layer: called after each layer.
+
+        Returns:
+            float [B, patches, hidden_size].
+        """
         hidden_states = self.embeddings(pixel_values)
         for layer in self.encoder["layers"].children():
             hidden_states = layer(hidden_states)
+            if after_layer is not None:
+                after_layer()
         return self.post_layernorm(hidden_states)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import shutil
 import struct
 import subprocess
@@ -12,15 +14,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
 from paligemma.demo.serving import EMBEDDED, Models
 from paligemma.mask_decoder import MaskDecoder
 
+# Small models gain nothing from a second thread, and two that wait for each other on busy cores lose minutes.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "paligemma" / "demo" / "examples"
-# Of a stopped answer: the one under way, and one that may end while the news travels.
+# Of a stopped answer: the one under way, and one that may be begun while the news travels.
 ONE_TOKEN = 2
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -33,7 +39,7 @@ def tiny() -> paligemma.VisionLanguageModel:
 
 @pytest.fixture(scope="session")
 def with_mask_decoder(tiny: paligemma.VisionLanguageModel) -> paligemma.VisionLanguageModel:
-    """The embedded checkpoint beside a decoder of masks that says of everything that it is the object."""
+    """The embedded checkpoint beside a mask decoder whose masks are the whole box."""
     decoder = MaskDecoder(codes=128, code_width=8, width=16)
     decoder.decoder[-1].bias.data.fill_(100)
     return paligemma.VisionLanguageModel(tiny.model, tiny.processor, decoder)
@@ -45,30 +51,37 @@ def long_winded(tmp_path_factory: pytest.TempPathFactory) -> paligemma.VisionLan
     return paligemma.load(save_reference(make_reference(std=0.2), tmp_path_factory.mktemp("long_winded")))
 
 
-class Watched:
-    """A model that counts the tokens it has been asked for, and takes as long for each as a large one would."""
+class Watched(paligemma.VisionLanguageModel):
+    """A model that counts the tokens that are computed, and takes as long for each step as a large one would."""
 
-    SECONDS_PER_TOKEN = 0.4
+    STEP_SECONDS = 0.4
 
     def __init__(self, vlm: paligemma.VisionLanguageModel):
-        self._vlm = vlm
-        self.answers = 0
+        super().__init__(copy.copy(vlm.model), vlm.processor, vlm.mask_decoder)
         self.tokens = 0
-        self.answer_of_token: list[int] = []
+        logits = self.model.logits
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._vlm, name)
+        def count(hidden_states: torch.Tensor) -> torch.Tensor:
+            time.sleep(self.STEP_SECONDS)
+            self.tokens += len(hidden_states)
+            return logits(hidden_states)
 
-    def stream(self, *arguments: object, **settings: object) -> Iterator[paligemma.Token]:
-        self.answers += 1
-        return self._counted(self._vlm.stream(*arguments, **settings), self.answers)
+        self.model.logits = count
 
-    def _counted(self, tokens: Iterator[paligemma.Token], answer: int) -> Iterator[paligemma.Token]:
-        for token in tokens:
-            time.sleep(self.SECONDS_PER_TOKEN)
-            self.tokens += 1
-            self.answer_of_token.append(answer)
-            yield token
+
+class Answering(paligemma.VisionLanguageModel):
+    """Answers every prompt with the same text, word by word."""
+
+    def __init__(self, vlm: paligemma.VisionLanguageModel, text: str):
+        super().__init__(vlm.model, vlm.processor, vlm.mask_decoder)
+        self._pieces = re.findall(r"(?:<\w+>)+| ?[^ <]+| ", text)
+
+    def stream_batch(self, images: list, prompts: list, **settings: object) -> Iterator[tuple[int, object]]:
+        for number in range(len(prompts)):
+            for piece in self._pieces:
+                time.sleep(0.3)
+                yield number, paligemma.Token(0, piece, 1.0)
+            yield number, None
 
 
 def wait_until(condition, seconds=60, tab=None):
@@ -80,9 +93,9 @@ def wait_until(condition, seconds=60, tab=None):
 
 
 def tokens_after(watched, end_it):
-    """How many more tokens are made after `end_it`, the one under way included."""
-    before = watched.tokens
+    """How many more tokens are computed after `end_it`, the one under way included."""
     end_it()
+    before = watched.tokens
     time.sleep(2)
     return watched.tokens - before
 

@@ -15,6 +15,7 @@ VOCABULARY = Tokenizer.from_file(str(TOKENIZER))
 
 def make_reference(
     *,
+    family: str = "gemma",
     image_size: int = 56,
     patch_size: int = 14,
     hidden_size: int = 64,
@@ -23,13 +24,21 @@ def make_reference(
     kv_heads: int = 1,
     head_dim: int = 32,
     intermediate_size: int = 128,
+    sliding_window: int = 24,
     std: float = 0.02,
     seed: int = 0,
 ) -> PaliGemmaForConditionalGeneration:
     """A reference model over the embedded checkpoint's vocabulary; every matrix is drawn with deviation `std`.
 
     All but the token embedding: were it as large, each token would predict itself, the output layer being the same.
+    What only `gemma2` has is so that it shows: low caps, a query scale of its own, a short window.
     """
+    gemma2 = {
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": sliding_window,
+    }
     vocab_size = VOCABULARY.get_vocab_size()
     config = PaliGemmaConfig(
         vision_config={
@@ -43,7 +52,7 @@ def make_reference(
             "vision_use_head": False,
         },
         text_config={
-            "model_type": "gemma",
+            "model_type": family,
             "hidden_size": hidden_size,
             "intermediate_size": intermediate_size,
             "num_hidden_layers": layers,
@@ -52,6 +61,7 @@ def make_reference(
             "head_dim": head_dim,
             "vocab_size": vocab_size,
             "max_position_embeddings": 1024,
+            **(gemma2 if family == "gemma2" else {}),
         },
         projection_dim=hidden_size,
         hidden_size=hidden_size,
@@ -59,7 +69,7 @@ def make_reference(
         image_token_index=VOCABULARY.token_to_id("<image>"),
     )
     torch.manual_seed(seed)
-    model = PaliGemmaForConditionalGeneration(config).eval()
+    model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embed_tokens" not in name:
             torch.nn.init.normal_(parameter, std=std)

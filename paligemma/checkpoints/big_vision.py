@@ -149,7 +149,7 @@ class BigVisionFile:
                 f"{file} is truncated or damaged ({error}), expected a whole npz file; please fetch it again."
             ) from error
         try:
-            self.config = _config({name: array.shape for name, array in self._arrays.items()})
+            self.config = config_from_shapes({name: array.shape for name, array in self._arrays.items()})
         except (KeyError, ValueError) as error:
             raise PaliGemmaError(
                 f"{file} does not hold the arrays of a PaliGemma ({error}); is this another kind of model?"
@@ -213,7 +213,7 @@ def _find_arrays(file: Path) -> dict[str, Array]:
     return of_model or arrays
 
 
-def _config(shapes: dict[str, tuple[int, ...]]) -> PaliGemmaConfig:
+def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> PaliGemmaConfig:
     """Sizes, from the shapes of the arrays; what these do not tell is as in the official checkpoints.
 
     Raises:

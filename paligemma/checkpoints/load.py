@@ -10,12 +10,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..config import PaliGemmaConfig, PaliGemmaError
-from ..generation import VisionLanguageModel, explained_lack_of_memory
+from ..generation import VisionLanguageModel
 from ..hardware import (
     available_cores,
     check_dtype,
     choose_device,
     choose_dtype,
+    explained_lack_of_memory,
     keep_freed_memory,
     smallest_dtype,
     total_memory,
@@ -51,7 +52,7 @@ def load(
         device: where to run; None takes a GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
             are kept next to the Hub's cache, so that they are made once.
-        compile: compile the step that makes a token (CUDA), see `VisionLanguageModel.compile`.
+        compile: compile the step that makes a token (CUDA), see `Engine.compile`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
         tokenizer: a `tokenizer.json`, or a folder that holds one; None takes the one beside the checkpoint.
@@ -91,7 +92,7 @@ def load(
     keep_freed_memory()
     vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
     if compile:
-        vlm.compile()
+        vlm.engine.compile()
     return vlm
 
 

@@ -14,6 +14,8 @@ from .weights import EMBEDDING
 RUNTIME_BYTES = 10**9
 # Prompt and answer, beside the image: the page's longest answer and a long question.
 TEXT_POSITIONS = 512
+# Tensors of the MLP's width that a prefill holds at once: measured in the widths of PaliGemma 2 3B, at 896 pixels, int8.
+WIDE_TENSORS = 8
 
 
 def weight_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
@@ -34,15 +36,19 @@ def weight_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
 def running_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
     """Bytes that it takes to answer one request at a time with a model, which may be on `meta`, in this dtype.
 
-    Counted are the weights; keys and values of the image and 512 more positions, and the widest layer's activations
-    for as many, gate, up and their product, in the dtype of the activations, which for int8 is float32; and a gigabyte
-    for all else. Each further request at the same time takes another cache.
+    Counted are the weights; keys and values of the image and 512 more positions, and activations for as many, in their
+    dtype, which for int8 is float32; and a gigabyte for all else. Each further request at the same time takes another
+    cache.
     """
     text = model.config.text
     positions = model.config.vision.num_patches + TEXT_POSITIONS
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     number = 4 if dtype == torch.int8 else dtype.itemsize
-    return weight_bytes(model, dtype) + positions * (cached + 3 * text.intermediate_size) * number + RUNTIME_BYTES
+    return (
+        weight_bytes(model, dtype)
+        + positions * (cached + WIDE_TENSORS * text.intermediate_size) * number
+        + RUNTIME_BYTES
+    )
 
 
 def check_fits(name: str, model: PaliGemma, dtype: torch.dtype, device: torch.device, capacity: int) -> None:

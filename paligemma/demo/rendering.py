@@ -1,4 +1,4 @@
-"""An answer as others take it: marks on the picture, coloured words, JSON."""
+"""An answer as others take it: marks on the image, colored words, JSON."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from PIL import Image, ImageDraw, ImageFont
 from ..annotations import Detection, Part, place_mask, run_lengths
 from .serving import Answer
 
-# One colour after another: white letters on each of them, and each on white, have a contrast above 4.5 (WCAG 2, AA).
-COLOURS = ("#c62828", "#1565c0", "#2e7d32", "#7b1fa2", "#9a4a00", "#00695c", "#ad1457", "#4a5568")
+# One color after another: white letters on each of them, and each on white, have a contrast above 4.5 (WCAG 2, AA).
+COLORS = ("#c62828", "#1565c0", "#2e7d32", "#7b1fa2", "#9a4a00", "#00695c", "#ad1457", "#4a5568")
 UNNAMED = "object"
 MAX_LINKED = 64  # objects that light up together with their words
-OUTLINE_STEPS = 96  # rows that a mask is cut into for the page
+OUTLINE_STEPS = 96  # rows that a mask is cut into on the page
 MASK_OPACITY = 0.45
 
 
 @dataclass(frozen=True)
 class MarkedObject:
-    """A detection with its colour, and its mask, float32 [64, 64] and above zero inside, where it has one."""
+    """A detection with its color, and its mask, float32 [64, 64] and above zero inside, where it has one."""
 
     detection: Detection
-    colour: str
+    color: str
     mask: np.ndarray | None = None
 
     @property
@@ -36,10 +36,10 @@ class MarkedObject:
 def mark_objects(
     detections: Iterable[Detection], decode_mask: Callable[[Sequence[int]], np.ndarray | None] | None
 ) -> list[MarkedObject]:
-    """Give each detection a colour, and its mask if there are codes and a decoder; see `decode_mask` of the model."""
+    """Give each detection a color, and its mask if there are codes and a decoder; see `decode_mask` of the model."""
     return [
         MarkedObject(
-            found, COLOURS[place % len(COLOURS)], decode_mask(found.codes) if found.codes and decode_mask else None
+            found, COLORS[place % len(COLORS)], decode_mask(found.codes) if found.codes and decode_mask else None
         )
         for place, found in enumerate(detections)
     ]
@@ -49,7 +49,7 @@ def to_json(objects: Iterable[MarkedObject], size: tuple[int, int]) -> list[dict
     """Objects for programs.
 
     Args:
-        size: width and height of the picture in pixels.
+        size: width and height of the image in pixels.
 
     Returns:
         for each object `label`, `box` [x_min, y_min, x_max, y_max] in pixels, and `mask`, None or COCO's run lengths.
@@ -64,35 +64,35 @@ def to_json(objects: Iterable[MarkedObject], size: tuple[int, int]) -> list[dict
     ]
 
 
-def draw(picture: Image.Image, objects: Sequence[MarkedObject]) -> Image.Image:
-    """A copy of the picture, RGB, with masks, boxes and names drawn on it."""
-    drawn = picture.convert("RGB")
+def draw(image: Image.Image, objects: Sequence[MarkedObject]) -> Image.Image:
+    """A copy of the image, RGB, with masks, boxes and names drawn on it."""
+    drawn = image.convert("RGB")
     for marked in objects:
         if marked.mask is not None:
             inside = place_mask(marked.mask, marked.detection, *drawn.size) * round(255 * MASK_OPACITY)
-            drawn.paste(marked.colour, mask=Image.fromarray(inside.astype(np.uint8)))
+            drawn.paste(marked.color, mask=Image.fromarray(inside.astype(np.uint8)))
     pen = ImageDraw.Draw(drawn)
     line = max(2, min(drawn.size) // 200)
     font = ImageFont.load_default(max(12, min(drawn.size) // 25))
     for marked in objects:
         x_min, y_min, x_max, y_max = marked.detection.in_pixels(*drawn.size)
-        pen.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)), outline=marked.colour, width=line)
+        pen.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)), outline=marked.color, width=line)
         left, top, right, bottom = pen.textbbox((0, 0), marked.label, font)
         height = bottom + top
         y = y_min - height if y_min >= height else y_min
-        pen.rectangle((x_min, y, x_min + right + 2 * line, y + height), fill=marked.colour)
+        pen.rectangle((x_min, y, x_min + right + 2 * line, y + height), fill=marked.color)
         pen.text((x_min + line, y), marked.label, "white", font)
     return drawn
 
 
-def figure_html(picture_url: str, size: tuple[int, int], objects: Sequence[MarkedObject]) -> str:
-    """The picture with its marks as SVG, each object's with the number that `answers_html` gives its words."""
+def figure_html(image_url: str, size: tuple[int, int], objects: Sequence[MarkedObject]) -> str:
+    """The image with its marks as SVG, each object's with the number that `answers_html` gives its words."""
     width, height = size
     marks = "".join(_mark_svg(number, marked, size) for number, marked in enumerate(objects))
     names = ", ".join(marked.label for marked in objects)
     return (
         f'<div class="marked" style="aspect-ratio: {width} / {height}; --shape: {width / height:.4f}">'
-        f'<img src="{escape(picture_url)}" alt="Your picture with {len(objects)} marked: {escape(names)}">'
+        f'<img src="{escape(image_url)}" alt="Your picture with {len(objects)} marked: {escape(names)}">'
         f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">{marks}</svg></div>'
     )
 
@@ -105,7 +105,7 @@ def _mark_svg(number: int, marked: MarkedObject, size: tuple[int, int]) -> str:
     outline = "" if marked.mask is None else _outline_svg(marked.mask, (x_min, y_min, x_max, y_max))
     # The background of the name: SVG cannot measure a text, so its width is that of average letters.
     return (
-        f'<g data-object="{number}" style="--colour: {marked.colour}">{outline}'
+        f'<g data-object="{number}" style="--color: {marked.color}">{outline}'
         f'<rect class="box" x="{x_min}" y="{y_min}" width="{x_max - x_min}" height="{y_max - y_min}"/>'
         f'<rect class="name" x="{x_min}" y="{y - 1.4 * text_size:.1f}" width="{(0.58 * letters + 0.8) * text_size:.1f}"'
         f' height="{1.4 * text_size:.1f}"/>'
@@ -131,7 +131,7 @@ def _bars(inside: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 
 def answers_html(answers: Iterable[Answer], objects: Sequence[MarkedObject], empty: str) -> str:
-    """Each prompt with its answer, the words of each object in its colour.
+    """Each prompt with its answer, the words of each object in its color.
 
     Args:
         objects: those of all answers, in order.
@@ -158,7 +158,7 @@ def _text_html(parts: Iterable[Part], objects: Sequence[MarkedObject], first: in
             continue
         marks = part.text.removesuffix(part.detection.label)
         html.append(
-            f'<span class="object" data-object="{number}" tabindex="0" style="--colour: {objects[number].colour}">'
+            f'<span class="object" data-object="{number}" tabindex="0" style="--color: {objects[number].color}">'
             f"<small>{escape(marks)}</small><b>{escape(part.detection.label)}</b></span>"
         )
         number += 1
@@ -170,6 +170,6 @@ def linking_css() -> str:
     chosen = '#result:has([data-object="{}"]:is(:hover, :focus))'
     numbers = range(MAX_LINKED)
     marks = ", ".join(f'{chosen.format(number)} .marked g[data-object="{number}"]' for number in numbers)
-    words = ", ".join(f'{chosen.format(number)} .answer [data-object="{number}"]' for number in numbers)
+    labels = ", ".join(f'{chosen.format(number)} .answer [data-object="{number}"]' for number in numbers)
     others = "#result:has([data-object]:is(:hover, :focus)) .marked g"
-    return f"{others} {{ opacity: 0.15; }} {marks} {{ opacity: 1; }} {words} {{ outline: 2px solid var(--colour); }}"
+    return f"{others} {{ opacity: 0.15; }} {marks} {{ opacity: 1; }} {labels} {{ outline: 2px solid var(--color); }}"

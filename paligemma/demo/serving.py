@@ -1,4 +1,4 @@
-"""What a server does between requests and model: loading what is asked for, timing and logging each answer."""
+"""What a server does between requests and model: load what is asked for, time and log each answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -21,19 +21,32 @@ from ..prompts import task_of
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
 
+_Answering = Callable[..., Iterator["list[Answer] | PaliGemmaError"]]
+
 EMBEDDED = "embedded"
-STATUS_SECONDS = 0.5  # between two looks at how far the loading is
+STATUS_SECONDS = 0.5  # between two reports of how far the loading is
 FREE_QUESTION = "question"
 
 log = logging.getLogger(__name__)
 
 
+def load_checkpoint(
+    source: str | None, settings: dict[str, Any], **callbacks: Callable[..., None]
+) -> VisionLanguageModel:
+    """`paligemma.load`, imported when it is called, since it brings torch: a page can be served before."""
+    import paligemma
+
+    return paligemma.load(source, **(settings | callbacks))
+
+
 @dataclass
 class _Checkpoint:
-    """One that is offered; `loaded` is there once it was asked for."""
+    """A checkpoint that is offered; `loading` is there once it was asked for, the rest of the optional ones at its end."""
 
     source: str | None
-    loaded: Future[VisionLanguageModel] | None = None
+    loading: Future[VisionLanguageModel] | None = None
+    vlm: VisionLanguageModel | None = None
+    description: str = ""
     doing: str = "Starting"
     fraction: float | None = None
     users: int = 0
@@ -41,12 +54,13 @@ class _Checkpoint:
 
 
 class Models:
-    """Checkpoints by name, each loaded when first asked for; where memory is short, idle ones make room for it.
+    """Checkpoints by name, each loaded when first asked for; where memory is short, idle ones are unloaded for it.
 
     Args:
         sources: what `paligemma.load` takes as source, None or an empty one for the embedded checkpoint.
         load: called as load(source, progress=…, make_room=…), see `paligemma.load`.
         free_memory: how many bytes a new one could take.
+        borrow_gpu: wraps the generator function that answers; on ZeroGPU, so that it runs in a process with a GPU.
     """
 
     def __init__(
@@ -54,11 +68,14 @@ class Models:
         sources: Sequence[str | None],
         load: Callable[..., VisionLanguageModel],
         free_memory: Callable[[], int] | None = None,
+        borrow_gpu: Callable[[_Answering], _Answering] = lambda answering: answering,
     ):
         self._checkpoints = {source or EMBEDDED: _Checkpoint(source or None) for source in sources}
         self._load = load
         self._free_memory = free_memory or _available_memory
+        self._answering = borrow_gpu(self._answers_or_error)
         self._lock = Lock()
+        self._loads_when_asked = True
         self._is_closing = False
 
     @property
@@ -70,35 +87,47 @@ class Models:
         with self._lock:
             self._is_closing = True
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether any of them is being used."""
-        return any(checkpoint.users for checkpoint in self._checkpoints.values())
+    def wait_until_idle(self, seconds: float) -> bool:
+        """Wait until no checkpoint is being used, at most so long; whether it came to that."""
+        end = time.monotonic() + seconds
+        while any(checkpoint.users for checkpoint in self._checkpoints.values()):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(STATUS_SECONDS)
+        return True
 
     def start(self, name: str) -> Future[VisionLanguageModel]:
         """Begin to load a checkpoint, unless it is loaded or about to be; one that failed is tried again."""
+        checkpoint = self._find(name)
         with self._lock:
-            checkpoint = self._find(name)
-            loaded = checkpoint.loaded
-            if loaded is None or loaded.done() and loaded.exception() is not None:
-                loaded = checkpoint.loaded = Future()
-                Thread(target=self._load_into, args=(checkpoint, loaded), daemon=True).start()
-        return loaded
+            loading = checkpoint.loading
+            has_failed = loading is not None and loading.done() and loading.exception() is not None
+            if loading is None or has_failed and self._loads_when_asked:
+                loading = checkpoint.loading = Future()
+                Thread(target=self._load_into, args=(checkpoint, loading), daemon=True).start()
+        return loading
 
-    def is_loaded(self, name: str) -> bool:
-        loaded = self._find(name).loaded
-        return loaded is not None and loaded.done() and loaded.exception() is None
+    def load_all(self) -> None:
+        """Load all checkpoints in the calling thread, and none again later.
+
+        ZeroGPU takes over what the main thread puts on `cuda` before the page is launched, and nothing else.
+        """
+        self._loads_when_asked = False
+        for checkpoint in self._checkpoints.values():
+            checkpoint.loading = Future()
+            self._load_into(checkpoint, checkpoint.loading)
+
+    def loaded(self, name: str) -> VisionLanguageModel | None:
+        """The model, unless it is not loaded at present."""
+        return self._find(name).vlm
 
     def status(self, name: str) -> str:
         """What a checkpoint runs as, or how far its loading is."""
         checkpoint = self._find(name)
-        if checkpoint.loaded is None:
+        if checkpoint.loading is None:
             return "This checkpoint is loaded with the first question."
-        if checkpoint.loaded.done():
-            if error := checkpoint.loaded.exception():
-                return str(error)
-            vlm = checkpoint.loaded.result()
-            return f"It runs in {str(vlm.weight_dtype).removeprefix('torch.')} on {vlm.device}."
+        if checkpoint.loading.done():
+            return str(checkpoint.loading.exception() or checkpoint.description)
         done = "" if checkpoint.fraction is None else f" {checkpoint.fraction:.0%}"
         return f"Loading the model: {checkpoint.doing}{done} … You can already ask; the answer comes when it is ready."
 
@@ -120,8 +149,8 @@ class Models:
 
     def wait(self, name: str) -> Iterator[str]:
         """Yield the status again and again until the checkpoint is loaded, or has failed to."""
-        loaded = self.start(name)
-        while not loaded.done():
+        loading = self.start(name)
+        while not loading.done():
             yield self.status(name)
             time.sleep(STATUS_SECONDS)
 
@@ -133,6 +162,30 @@ class Models:
         """
         return self.start(name).result()
 
+    def answer(
+        self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+    ) -> Iterator[list[Answer]]:
+        """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
+        for answers in self._answering(name, image, prompts, settings):
+            if isinstance(answers, PaliGemmaError):
+                raise answers
+            yield answers
+
+    def _answers_or_error(
+        self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+    ) -> Iterator[list[Answer] | PaliGemmaError]:
+        """Yield what `answer_prompts` yields, and an error that a caller can act on as the last value.
+
+        On ZeroGPU this runs in a fork, from which values come back whole, but of exceptions only their class. It takes
+        no lock, since another thread may have held that one at the fork.
+        """
+        vlm = self._checkpoints[name].vlm
+        assert vlm is not None, name
+        try:
+            yield from answer_prompts(vlm, image, prompts, settings)
+        except PaliGemmaError as error:
+            yield error
+
     def _find(self, name: str) -> _Checkpoint:
         if name not in self._checkpoints:
             raise PaliGemmaError(
@@ -140,26 +193,44 @@ class Models:
             )
         return self._checkpoints[name]
 
-    def _load_into(self, checkpoint: _Checkpoint, loaded: Future[VisionLanguageModel]) -> None:
+    def _load_into(self, checkpoint: _Checkpoint, loading: Future[VisionLanguageModel]) -> None:
         def report(doing: str, fraction: float | None) -> None:
             checkpoint.doing, checkpoint.fraction = doing, fraction
 
         try:
-            loaded.set_result(self._load(checkpoint.source, progress=report, make_room=self._make_room))
-        except BaseException as error:  # whoever waits is told
-            loaded.set_exception(error)
+            vlm = self._load(checkpoint.source, progress=report, make_room=self._make_room)
+            checkpoint.description = _describe(vlm)  # here, since on ZeroGPU only the thread that loads sees a GPU
+            checkpoint.vlm = vlm
+            loading.set_result(vlm)
+        except BaseException as error:  # reaches whoever waits
+            log.warning("%s cannot be loaded: %s", checkpoint.source or EMBEDDED, error)
+            loading.set_exception(error)
 
     def _make_room(self, needed: int) -> None:
         """Unload idle checkpoints, the least recently used first, until `needed` bytes are free."""
-        while self._free_memory() < needed:
+        while self._loads_when_asked and self._free_memory() < needed:
             with self._lock:
-                idle = [one for one in self._checkpoints.values() if not one.users and one.loaded and one.loaded.done()]
+                idle = [
+                    one for one in self._checkpoints.values() if not one.users and one.loading and one.loading.done()
+                ]
                 if not idle:
                     return  # what is there must do
                 oldest = min(idle, key=lambda one: one.last_used)
-                log.info("unloading %s for room", oldest.source or EMBEDDED)
-                oldest.loaded = None
+                log.info("unloading %s to free memory", oldest.source or EMBEDDED)
+                oldest.loading = oldest.vlm = None
             _free()
+
+
+def _describe(vlm: VisionLanguageModel) -> str:
+    """What a model runs in and on, and why not on a GPU where there is one that torch cannot use."""
+    from ..hardware import unused_gpu  # brings torch
+
+    description = f"It runs in {str(vlm.weight_dtype).removeprefix('torch.')} on {vlm.device}."
+    problem = unused_gpu() if vlm.device.type == "cpu" else None
+    if problem:
+        log.warning("%s", problem)
+        description += f" {problem}"
+    return description
 
 
 def _available_memory() -> int:
@@ -191,7 +262,7 @@ class Answer:
 
     @classmethod
     def of(cls, prompt: str, text: str) -> Answer:
-        """One that was given before."""
+        """An answer that was given before."""
         answer = cls(prompt, AnnotatedText(text), text, is_finished=True)
         answer.annotated.finish()
         return answer
@@ -202,14 +273,14 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """After the first token, which waits for the picture."""
+        """After the first token, which waits for the vision encoder."""
         return (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else None
 
 
 def answer_prompts(
-    vlm: VisionLanguageModel, picture: Image.Image, prompts: Sequence[str], **settings: float | int | None
+    vlm: VisionLanguageModel, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
 ) -> Iterator[list[Answer]]:
-    """Answer one prompt after another about one picture, whose features are computed once.
+    """Answer prompts about one image together; its features are computed once.
 
     All prompts are checked before the first is answered. One line a prompt is logged: what was done and how fast, never
     what was asked or shown.
@@ -218,38 +289,39 @@ def answer_prompts(
         settings: as for `VisionLanguageModel.stream`.
 
     Yields:
-        the answers so far, the last of them growing; at first none.
+        the answers so far.
     """
-    streams = [vlm.stream(picture, prompt, **settings) for prompt in prompts]
-    answers: list[Answer] = []
-    yield answers
-    for prompt, tokens in zip(prompts, streams):
-        answer, start, outcome = Answer(prompt), time.perf_counter(), "stopped"
-        answers.append(answer)
-        try:
-            for token in tokens:
+    tokens = vlm.stream_batch([image] * len(prompts), prompts, **settings)
+    answers = [Answer(prompt) for prompt in prompts]
+    start, outcome = time.perf_counter(), "stopped"
+    try:
+        yield answers
+        for number, token in tokens:
+            answer = answers[number]
+            if token is None:
+                answer.annotated.finish()
+                answer.is_finished = True
+            else:
                 answer.times.append(time.perf_counter() - start)
                 answer.text += token.text
                 answer.annotated.push(token.text)
-                yield answers
-            answer.annotated.finish()
-            answer.is_finished = True
-            outcome = "finished"
             yield answers
-        except Exception:
-            outcome = "failed"
-            raise
-        finally:
-            _log(answer, picture, outcome)
+    except Exception:
+        outcome = "failed"
+        raise
+    finally:
+        tokens.close()
+        for answer in answers:
+            _log(answer, image, "finished" if answer.is_finished else outcome)
 
 
-def _log(answer: Answer, picture: Image.Image, outcome: str) -> None:
+def _log(answer: Answer, image: Image.Image, outcome: str) -> None:
     task = task_of(answer.prompt)
     first, rate = answer.seconds_to_first_token, answer.tokens_per_second
     log.info(
         "task=%s picture=%dx%d prompt_characters=%d tokens=%d first_token=%s tokens_per_second=%s outcome=%s",
         task.word if task else FREE_QUESTION,
-        *picture.size,
+        *image.size,
         len(answer.prompt),
         len(answer.times),
         "-" if first is None else f"{first:.3f}s",

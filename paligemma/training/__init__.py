@@ -1,4 +1,1 @@
-"""How the embedded checkpoint is made: artwork, scenes, tasks, losses, and the loop.
-
-Needs npm, and `resvg-py` from `tests/requirements.txt`; nothing here is imported when the demo runs.
-"""
+"""Losses, rows and loop to train checkpoints with, contrastive pre-training of an encoder, and evaluation on scenes."""

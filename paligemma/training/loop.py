@@ -1,4 +1,4 @@
-"""The training loop: one stage's module and optimiser, with its step count, log and saves in a folder."""
+"""The training loop: AdamW over numbered batches, with a log, and saves from which an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -6,61 +6,50 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..hardware import multiplies_bfloat16
-from .batches import InBackground
+from ..config import PaliGemmaError
 
 WARM_UP_STEPS = 100
 WEIGHT_DECAY = 0.05
+BETAS = (0.9, 0.98)
 MAX_GRADIENT_NORM = 1.0
 SAVE_EVERY = 250
 LOG_EVERY = 25
 LOSS_SMOOTHING = 0.98
 
+BatchT = TypeVar("BatchT")
+
 
 class Run:
-    """Steps that go on from the last save when the same folder is given again, of AdamW or, for some matrices, of Muon.
+    """A training run; one that was interrupted goes on from its last save when it is given the same folder.
+
+    Only parameters that require gradients are trained, and saved.
 
     Args:
-        name: of the stage, and so of its log `{name}.csv` and its save `{name}.pt`.
-        peak: the learning rate after warm-up, from which half a cosine goes down to nothing at the last step.
-        factors: parts of `module` that learn at another rate, as times the rate; of a part in a part, the later counts.
-        matrices: of its parameters, those that Muon moves: each step is made orthogonal, so that no direction of a
-            matrix waits for the others (Keller Jordan, 2024), and scaled so that AdamW's rate fits (arXiv 2502.16982).
+        name: of the log, `{name}.csv`, and the save, `{name}.pt`, in `folder`.
+        steps: the number of the last step.
+        peak: the learning rate after warm-up, from which half a cosine goes down to zero at the last step.
+
+    Raises:
+        PaliGemmaError: the save is of a module with other parameters.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        folder: Path,
-        steps: int,
-        peak: float,
-        factors: Mapping[nn.Module, float] | None = None,
-        matrices: Collection[nn.Parameter] = (),
-    ):
+    def __init__(self, name: str, module: nn.Module, folder: Path, steps: int, peak: float):
+        folder.mkdir(parents=True, exist_ok=True)
         self.name, self.module, self.steps, self.peak = name, module, steps, peak
         self.log_path, self.save_path = folder / f"{name}.csv", folder / f"{name}.pt"
-        of_muon = set(matrices)
-        by_parameter = {
-            parameter: factor for part, factor in (factors or {}).items() for parameter in part.parameters()
-        }
-        others = [parameter for parameter in module.parameters() if parameter not in of_muon]
-        self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(_groups(others, by_parameter), betas=(0.9, 0.98), fused=True)
-        ]
-        if matrices:
-            groups = _groups(matrices, by_parameter)
-            self.optimisers.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
+        self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.AdamW(_groups(self.parameters.values()), lr=peak, betas=BETAS, fused=True)
         self.step = 0
         self.averages: dict[str, float] = {}
         if self.save_path.exists():
@@ -69,59 +58,68 @@ class Run:
             self.log_path.unlink(missing_ok=True)  # of a run that ended before its first save
         self._last_log = (self.step, time.monotonic())
 
-    def train(self, batches: InBackground, losses: Callable[[Any], dict[str, Tensor]]) -> None:
-        """Until the last step: `losses` takes a batch and returns its losses by name, whose sum is descended."""
-        device = next(self.module.parameters()).device
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10)
-        while self.step < self.steps:
-            with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
-                parts = losses(next(batches))
-            rate = learning_rate(self.step, self.steps, self.peak)
-            self._update(parts, rate)
-            if self.step % LOG_EVERY == 0:
-                self._log(rate, batches.rate)
-            if self.step % SAVE_EVERY == 0 or self.step >= self.steps:
-                self._save()
-            bar.update()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in self.averages.items()}, refresh=False)
-        bar.close()
+    def train(self, batches: Dataset[BatchT], losses: Callable[[BatchT], dict[str, Tensor]], workers: int = 1) -> None:
+        """Train until the last step.
+
+        Args:
+            batches: the batch of each step by the step's number, so that an interruption changes no batch.
+            losses: named losses of a batch, float scalars; the gradient is that of their sum.
+            workers: processes that prepare batches ahead; 0 prepares them in this one.
+
+        Raises:
+            PaliGemmaError: a loss is not finite.
+        """
+        device = next(iter(self.parameters.values())).device
+        loader = DataLoader(batches, batch_size=None, sampler=range(self.step, self.steps), num_workers=workers)
+        with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10) as bar:
+            for batch in loader:
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    parts = losses(batch)
+                rate = learning_rate(self.step, self.steps, self.peak)
+                self._update(parts, rate)
+                if self.step % LOG_EVERY == 0:
+                    self._log(rate)
+                if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+                    self._save()
+                bar.update()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in self.averages.items()}, refresh=False)
 
     def _update(self, parts: dict[str, Tensor], rate: float) -> None:
         """One step down the sum of the losses."""
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = rate * group["factor"]
-            optimiser.zero_grad(set_to_none=True)
-        sum(parts.values()).backward()
-        nn.utils.clip_grad_norm_(self.module.parameters(), MAX_GRADIENT_NORM)
-        for optimiser in self.optimisers:
-            optimiser.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        values = torch.stack(list(parts.values()))
+        if not values.isfinite().all():
+            raise PaliGemmaError(f"A loss is not finite after {self.step} steps; please choose a lower learning rate.")
+        values.sum().backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
         self.step += 1
-        for name, value in zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist()):
+        for name, value in zip(parts, values.tolist()):
             before = self.averages.get(name, value)
             self.averages[name] = LOSS_SMOOTHING * before + (1 - LOSS_SMOOTHING) * value
 
-    def _log(self, rate: float, drawn_per_second: float) -> None:
+    def _log(self, rate: float) -> None:
         step, then = self._last_log
         self._last_log = (self.step, time.monotonic())
         row = {
             "step": self.step,
             "learning_rate": f"{rate:.2e}",
             "steps_per_second": round((self.step - step) / (self._last_log[1] - then), 2),
-            "drawn_per_second": round(drawn_per_second, 2),
             **{name: round(value, 4) for name, value in self.averages.items()},
         }
-        new = not self.log_path.exists()
+        is_new = not self.log_path.exists()
         with self.log_path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row)
-            if new:
+            if is_new:
                 writer.writeheader()
             writer.writerow(row)
 
     def _save(self) -> None:
         state = {
-            "module": self.module.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "parameters": {name: value.detach() for name, value in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "averages": self.averages,
         }
@@ -130,10 +128,14 @@ class Run:
         os.replace(unfinished, self.save_path)  # an interruption leaves the last whole save
 
     def _resume(self) -> None:
-        state = torch.load(self.save_path)
-        self.module.load_state_dict(state["module"])
-        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
+        state = torch.load(self.save_path, map_location="cpu")
+        shapes, saved = (
+            {name: value.shape for name, value in some.items()} for some in (self.parameters, state["parameters"])
+        )
+        if shapes != saved:
+            raise PaliGemmaError(f"{self.save_path} was saved by another run; please choose another folder.")
+        self.module.load_state_dict(state["parameters"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.averages = state["step"], state["averages"]
         # What was logged after the save is about to be done, and logged, again.
         if self.log_path.exists():
@@ -143,28 +145,23 @@ class Run:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then half a cosine down to nothing."""
-    if step < WARM_UP_STEPS:
-        return peak * (step + 1) / WARM_UP_STEPS
-    progress = (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS)
+    """Linear warm-up, over a tenth of a short run, then half a cosine down to zero."""
+    warm_up = max(1, min(WARM_UP_STEPS, steps // 10))
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def checkpoint_gradients(layers: nn.ModuleList) -> None:
-    """Let each layer keep only its input and compute the rest again on the way back: less memory, a third more work."""
+    """Make each layer keep only its input and compute the rest again on the way back: less memory, a third more work."""
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _groups(parameters: Iterable[nn.Parameter], factors: Mapping[nn.Parameter, float]) -> list[dict]:
-    """Parameters by how fast they learn and by whether they decay, as matrices do and gains and biases do not."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+def _groups(parameters: Iterable[nn.Parameter]) -> list[dict]:
+    """Parameters with their weight decay: matrices have it, gains and biases have none."""
+    by_decay: dict[float, list[nn.Parameter]] = {WEIGHT_DECAY: [], 0.0: []}
     for parameter in parameters:
-        if parameter.requires_grad:
-            factor = factors.get(parameter, 1.0)
-            decay = WEIGHT_DECAY if parameter.ndim >= 2 else 0.0
-            groups.setdefault((factor, decay), []).append(parameter)
-    return [
-        {"params": parameters, "factor": factor, "weight_decay": decay}
-        for (factor, decay), parameters in groups.items()
-    ]
+        by_decay[WEIGHT_DECAY if parameter.ndim >= 2 else 0.0].append(parameter)
+    return [{"params": group, "weight_decay": decay} for decay, group in by_decay.items() if group]

@@ -1,6 +1,6 @@
 """How often the embedded checkpoint answers in int8 as it does in float32, on fresh scenes.
 
-python tests/benchmarks/int8_agreement.py --scenes 500     # needs the artwork, which it fetches with npm, and minutes
+python tests/benchmarks/int8_agreement.py --scenes 500     # takes minutes
 
 It also tells what the rounding of the weights alone changes, which no kernel can make better: the answers of a float32
 model whose weights are those that the int8 layers stand for.
@@ -20,12 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import paligemma
 from paligemma.quantization import quantize, unrotate
-from paligemma.training.artwork import load_fonts, load_sprites
+from paligemma.scenes.artwork import load_sheet
+from paligemma.scenes.painter import Painter
+from paligemma.scenes.questions import CAPTION_PROMPT, count_prompt, detect_prompt, segment_prompt
 from paligemma.training.evaluate import draw_scenes
-from paligemma.training.scenes import Painter
-from paligemma.training.tasks import CAPTION_PROMPT, count_prompt, detect_prompt, segment_prompt
-
-SPRITE_SIZE = 320
 
 
 def rounded(weight: Tensor) -> Tensor:
@@ -51,9 +49,8 @@ def main() -> None:
     arguments = parser.parse_args()
     exact = paligemma.load(device="cpu", dtype="float32")
     others = {"int8": paligemma.load(device="cpu", dtype="int8"), "only weights rounded": with_rounded_weights()}
-    painter = Painter(load_sprites(SPRITE_SIZE), load_fonts(), restyled=0.0)
     same: dict[str, Counter] = {name: Counter() for name in others}
-    for scene in draw_scenes(painter, arguments.scenes):
+    for scene in draw_scenes(Painter(load_sheet()), arguments.scenes):
         kind = scene.objects[0].kind
         prompts = {
             "caption": CAPTION_PROMPT,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from conftest import EXAMPLES, ONE_TOKEN, Watched, tokens_after, wait_until, write_png_that_claims
+from conftest import EXAMPLES, ONE_TOKEN, Answering, tokens_after, wait_until, write_png_that_claims
 from gradio_client import Client, handle_file
 from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
 from PIL import Image
 
-import paligemma
+import app
 from paligemma.annotations import find_detections
 
 PICTURE = EXAMPLES / "picnic.png"
@@ -58,14 +61,8 @@ def test_what_is_detected_comes_as_json_beside_the_picture(client, tiny):
 
 
 def test_what_is_segmented_has_run_lengths(serve, with_mask_decoder):
-    class Segmenting(Watched):
-        """Answers every prompt with one mask."""
-
-        def stream(self, *arguments, **settings):
-            assert arguments[1] == "segment cat"
-            return iter([paligemma.Token(0, "<loc0256><loc0256><loc0768><loc0768>" + "<seg005>" * 16 + " cat", 1.0)])
-
-    client = Client(serve(Segmenting(with_mask_decoder)), verbose=False)
+    mask = "<loc0256><loc0256><loc0768><loc0768>" + "<seg005>" * 16
+    client = Client(serve(Answering(with_mask_decoder, f"{mask} cat")), verbose=False)
     _, (cat,) = client.predict(handle_file(PICTURE), "cat", api_name="/segment")
     width, height = Image.open(PICTURE).size
     assert cat["mask"]["size"] == [height, width]
@@ -95,15 +92,63 @@ def test_a_client_that_goes_away_ends_the_generation(long_winded_address, watche
     assert tokens_after(watched, other.kill) <= ONE_TOKEN
 
 
-def test_requests_are_answered_one_after_another(long_winded_address, watched):
+def test_two_clients_are_answered_in_the_same_steps(long_winded_address, watched):
     clients = [Client(long_winded_address, verbose=False) for _ in range(2)]
+    before, start = watched.tokens, time.monotonic()
     jobs = [
-        client.submit(handle_file(PICTURE), "caption en", max_new_tokens=6, api_name="/generate") for client in clients
+        client.submit(handle_file(PICTURE), "caption en", max_new_tokens=12, api_name="/generate") for client in clients
     ]
     for job in jobs:
         job.result(timeout=60)
-    first, second = watched.answers - 1, watched.answers
-    assert watched.answer_of_token[-12:] == [first] * 6 + [second] * 6
+    assert watched.tokens - before == 24
+    assert time.monotonic() - start < 20 * watched.STEP_SECONDS
+
+
+def run_async(coroutine):
+    """Its result; in a thread of its own, since Playwright's event loop may run in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def test_all_of_64_clients_at_once_are_answered(page_address, tiny):
+    path = uploaded_path(page_address)
+
+    async def caption(client):
+        call = f"{page_address}gradio_api/call/caption"
+        event = (await client.post(call, json={"data": [{"path": path}, "en"]})).json()["event_id"]
+        return (await client.get(f"{call}/{event}")).text
+
+    async def captions():
+        # Each request has a connection of its own: the server closes idle ones.
+        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+            return await asyncio.gather(*(caption(client) for _ in range(64)))
+
+    answers = {answer.strip().rpartition("data: ")[2] for answer in run_async(captions())}
+    assert answers == {json.dumps([tiny.generate(PICTURE, "caption en")])}
+
+
+def test_beyond_the_queue_a_sentence_says_when_to_come_again(serve, watched, browser, monkeypatch):
+    monkeypatch.setattr(app, "MAX_QUEUE_LENGTH", 1)
+    monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
+    address = serve(watched)
+    clients = [Client(address, verbose=False) for _ in range(3)]
+    before = watched.tokens
+    jobs = []
+    for client in clients[:2]:
+        jobs.append(client.submit(handle_file(PICTURE), "caption en", max_new_tokens=50, api_name="/generate"))
+        wait_until(lambda: watched.tokens > before)
+    time.sleep(1)  # the second is in the queue
+    sentence = "1 others are waiting; please come again in about 1 minute."
+    with pytest.raises(Exception, match=f"^{sentence}$"):
+        clients[2].predict(handle_file(PICTURE), "en", api_name="/caption")
+    assert error_of_call(address, [{"path": uploaded_path(address)}, "caption en", 8, 0, 0, 1, None]) == sentence
+    tab = browser.new_page()
+    tab.goto(address)
+    tab.click("#run")
+    tab.get_by_text(sentence).wait_for(timeout=20_000)
+    tab.close()
+    for job in jobs:
+        job.cancel()
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +174,7 @@ def files(tmp_path_factory):
             "The picture huge.png has too many pixels; please make it smaller to at most 60 million pixels.",
         ),
         ("good", "", "The prompt is empty; please ask something, for example: caption en"),
-        ("good", "cat " * 25_000, "The prompt has 25.* tokens, but .* fit; please shorten it."),
+        ("good", "cat " * 25_000, "The prompt has 99999 characters, but .* fit; please shorten it."),
         ("good", "cat " * 600, "The prompt has 60.* tokens, but this page takes 512; please shorten it."),
         ("good", "detect <image>", "The prompt contains the reserved token <image>; please remove it."),
     ],
@@ -162,10 +207,18 @@ def test_a_value_of_the_wrong_type_gets_one_sentence(page_address, position, val
     assert error_of_call(page_address, data).startswith(name)
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", str(PICTURE.resolve()), "/no/such/file.png"])
-def test_a_path_that_was_not_uploaded_is_refused(page_address, path):
-    error = error_of_call(page_address, [{"path": path}, "caption en", 8, 0, 0, 1, None])
-    assert error == "The picture was not uploaded to this page; please upload it."
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ([{"path": "/etc/hostname"}, "caption en", 8, 0, 0, 1, None], "The picture was not uploaded to this page; "),
+        ([{"path": str(PICTURE.resolve())}, "caption en", 8, 0, 0, 1, None], "The picture was not uploaded to this "),
+        ([{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "", 8, 0, 0, 1, None], "A value of this "),
+        (["cats.png", "caption en", 8, 0, 0, 1, None], "A value of this call cannot be used .*; please send uploaded "),
+        ([{"path": "/a"}, "caption en"], "A value of this call cannot be used .*needed: 7, got: 2"),
+    ],
+)
+def test_a_call_without_an_uploaded_image_or_with_too_few_values_gets_one_sentence(page_address, data, sentence):
+    assert re.match(sentence, error_of_call(page_address, data))
 
 
 def uploaded_path(address):
@@ -234,7 +287,7 @@ def test_an_agent_finds_the_tools_and_calls_one(serve, tiny):
             image = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
             return tools, await session.call_tool("caption", {"image": image, "language": "en"})
 
-    tools, result = asyncio.run(call())
+    tools, result = run_async(call())
     by_name = {tool.name.removeprefix("app_"): tool for tool in tools}
     assert set(by_name) == {"generate", "caption", "detect", "segment"}
     assert "boxes" in by_name["detect"].description

@@ -16,14 +16,12 @@ from conftest import EXAMPLES, ROOT
 from gradio_client import Client, handle_file
 from random_checkpoints import make_reference, save_reference
 
-import paligemma
-
 PICTURE = EXAMPLES / "cats.png"
 
 
-def run_app(*arguments, **environment):
+def run_app(*arguments, under=(), **environment):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "app.py"), *arguments],
+        [sys.executable, *under, str(ROOT / "app.py"), *arguments],
         env={**os.environ, **environment},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -34,7 +32,7 @@ def run_app(*arguments, **environment):
 
 @contextmanager
 def served(*arguments, **environment):
-    """The command with a page that answers, and its address."""
+    """The command with a page that answers, and its address; see `run_app`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -84,6 +82,16 @@ def test_agents_need_one_more_package_which_is_named(monkeypatch, capsys):
     assert 'pip install "gradio[mcp]"' in capsys.readouterr().err
 
 
+def test_spaces_around_a_setting_do_not_count(monkeypatch):
+    import app
+
+    monkeypatch.setattr(sys, "argv", ["app.py", "--model", " owner/name ", "--models", "embedded , a/b,"])
+    monkeypatch.setenv("PALIGEMMA_DEVICE", "cpu\n")
+    arguments = app._parse_arguments()
+    assert arguments.sources == ["owner/name", "embedded", "a/b"]
+    assert arguments.device == "cpu"
+
+
 def test_several_checkpoints_are_offered(tmp_path):
     folder = save_reference(make_reference(std=0.2), tmp_path / "other")
     with served(PALIGEMMA_MODELS=f"embedded, {folder}") as (_, address):
@@ -118,50 +126,6 @@ def test_an_interruption_ends_without_a_traceback():
         assert "Traceback" not in process.stdout.read()
 
 
-def test_on_zero_gpu_a_gpu_is_asked_for_as_long_as_the_answer_may_take(tmp_path):
-    # As the real one, which runs the function in another process.
-    (tmp_path / "spaces.py").write_text("""
-import pickle
-
-def GPU(duration):
-    def decorate(function):
-        def decorated(*arguments):
-            print("seconds", duration(*arguments))
-            for result in function(*pickle.loads(pickle.dumps(arguments))):
-                yield pickle.loads(pickle.dumps(result))
-        return decorated
-    return decorate
-""")
-    code = f"""
-import sys
-import app
-assert "torch" not in sys.modules, "spaces comes first"
-from gradio.utils import get_upload_folder
-import pathlib, shutil
-picture = pathlib.Path(get_upload_folder(), "zero", "cats.png")
-picture.parent.mkdir(parents=True, exist_ok=True)
-shutil.copy({str(PICTURE)!r}, picture)
-page = app.build_page(app.Models([None], app.paligemma.load))
-generate = next(one.fn for one in page.fns.values() if one.api_name == "generate")
-for tokens in (10, 200):
-    for text, objects in generate(dict(path=str(picture)), "caption en", tokens):
-        pass
-    print("answer", text)
-"""
-    output = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    ).stdout.splitlines()
-    few, text, many, same_text = (line.partition(" ")[2] for line in output)
-    assert float(few) < float(many) <= 120
-    assert text == same_text == paligemma.load().generate(PICTURE, "caption en")
-
-
 def test_a_checkpoint_that_is_not_there_ends_with_one_sentence():
     for process in (run_app("--model", "/no/such/folder"), run_app(PALIGEMMA_MODEL="/no/such/folder")):
         output, _ = process.communicate(timeout=120)
@@ -181,6 +145,9 @@ def test_settings_come_from_the_environment():
     assert "device abacus cannot be used here" in output
 
 
-def test_the_package_never_imports_transformers():
-    code = "import paligemma, app, sys; paligemma.load(); assert 'transformers' not in sys.modules"
+def test_the_page_is_there_before_torch_and_nothing_imports_transformers():
+    code = (
+        "import paligemma, app, sys; assert 'torch' not in sys.modules;"
+        "paligemma.load(); assert 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import EXAMPLES, ONE_TOKEN, Watched, tokens_after, wait_until
+from conftest import EXAMPLES, ONE_TOKEN, Answering, tokens_after, wait_until
 from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import expect
 
 import app
-import paligemma
+from paligemma.demo import handlers
+from paligemma.demo.handlers import SETTINGS, read_settings
 from paligemma.demo.serving import EMBEDDED, Models
 from paligemma.prompts import TASKS
 
@@ -41,19 +42,6 @@ def open_page(browser):
     yield open_at
     for tab in tabs:
         tab.close()
-
-
-class Saying(Watched):
-    """Answers every prompt with the same text, word by word."""
-
-    SECONDS_PER_TOKEN = 0.3
-
-    def __init__(self, vlm, text):
-        super().__init__(vlm)
-        self._pieces = re.findall(r"(?:<\w+>)+| ?[^ <]+| ", text)
-
-    def stream(self, *arguments, **settings):
-        return self._counted((paligemma.Token(0, piece, 1.0) for piece in self._pieces), 0)
 
 
 def answer_in(tab):
@@ -116,8 +104,8 @@ def test_a_task_writes_its_prompt_which_can_be_run(open_page, page_address, tiny
     expect(tab.locator(PROMPT)).to_have_value(task.prompt())
     expect(tab.locator("#hint")).to_contain_text(task.hint.split("`")[0])
     tab.click("#run")
-    expect(tab.locator("#copy")).to_be_visible(timeout=20_000)
-    assert answer_in(tab) in (tiny.generate(PICTURE, task.prompt()), app.EMPTY_ANSWER)
+    answer = tiny.generate(PICTURE, task.prompt()) or handlers.EMPTY_ANSWER
+    expect(tab.locator(TEXT)).to_have_text(answer, timeout=20_000)
 
 
 def test_what_is_typed_chooses_the_task(open_page, page_address):
@@ -136,9 +124,9 @@ def test_each_line_is_a_prompt_of_its_own(open_page, page_address, tiny):
     assert tab.locator("#answers code").all_text_contents() == prompts
 
 
-def test_objects_appear_while_the_answer_streams_and_light_up_with_their_words(open_page, serve, with_mask_decoder):
+def test_objects_appear_while_the_answer_streams_and_light_up_with_their_labels(open_page, serve, with_mask_decoder):
     tab = open_page(
-        serve(Saying(with_mask_decoder, f"{BOX} {'<seg005>' * 16} cat ; {OTHER_BOX}\ndog ; <loc0001> bird"))
+        serve(Answering(with_mask_decoder, f"{BOX} {'<seg005>' * 16} cat ; {OTHER_BOX}\ndog ; <loc0001> bird"))
     )
     upload(tab, PICTURE)
     expect(tab.locator("#figure")).to_be_attached()  # updates may be lost of what is put in only when it is needed
@@ -155,24 +143,24 @@ def test_objects_appear_while_the_answer_streams_and_light_up_with_their_words(o
     assert box["x"] - picture["x"] == pytest.approx(0.25 * picture["width"], abs=3)
     assert box["width"] == pytest.approx(0.5 * picture["width"], abs=3)
 
-    words, marks = tab.locator("#answers .object"), tab.locator("#figure g")
-    assert [words.nth(at).get_attribute("style") for at in (0, 1)] == [
+    labels, marks = tab.locator("#answers .object"), tab.locator("#figure g")
+    assert [labels.nth(at).get_attribute("style") for at in (0, 1)] == [
         marks.nth(at).get_attribute("style") for at in (0, 1)
     ]
-    words.nth(1).hover()
+    labels.nth(1).hover()
     expect(marks.nth(0)).to_have_css("opacity", "0.15")
     expect(marks.nth(1)).to_have_css("opacity", "1")
     marks.nth(0).locator("rect.box").hover()
-    expect(words.nth(0)).to_have_css("outline-style", "solid")
-    expect(words.nth(1)).to_have_css("outline-style", "none")
+    expect(labels.nth(0)).to_have_css("outline-style", "solid")
+    expect(labels.nth(1)).to_have_css("outline-style", "none")
     tab.mouse.move(0, 0)
-    words.nth(0).focus()
+    labels.nth(0).focus()
     expect(marks.nth(0)).to_have_css("opacity", "1")
     expect(marks.nth(1)).to_have_css("opacity", "0.15")
 
 
-def test_what_was_found_can_be_taken_away(open_page, serve, tiny):
-    tab = open_page(serve(Saying(tiny, f"{BOX} cat")))
+def test_the_marked_picture_and_the_objects_can_be_downloaded(open_page, serve, tiny):
+    tab = open_page(serve(Answering(tiny, f"{BOX} cat")))
     upload(tab, PICTURE)
     tab.click("#run")
     expect(tab.locator("#as-picture")).to_be_visible(timeout=20_000)
@@ -193,13 +181,13 @@ def test_what_was_found_can_be_taken_away(open_page, serve, tiny):
     wait_until(lambda: tab.evaluate("navigator.clipboard.readText()") == f"{BOX} cat", tab=tab)
 
 
-def test_what_was_taken_away_is_deleted_with_the_uploaded_files(tiny):
+def test_downloads_are_deleted_with_the_uploaded_files(tiny):
     page = app.build_page(Models([None], lambda source, **_: tiny))
-    folder = Path(get_upload_folder()) / "taken"
+    folder = Path(get_upload_folder()) / "downloads"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(PICTURE, folder)
     record = {"path": str(folder / PICTURE.name), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
-    for name in ("save_picture", "save_objects"):
+    for name in ("save_image", "save_objects"):
         path = next(event.fn for event in page.fns.values() if event.name == name)(record)
         assert Path(path).stat().st_size
         assert any(path in files for files in page.temp_file_sets)
@@ -225,14 +213,49 @@ def test_a_link_opens_the_page_with_prompt_and_settings(open_page, page_address)
     expect(other.locator("#seed input")).to_have_value("5")
 
 
-@pytest.mark.parametrize(
-    "query", ["max_new_tokens=many", "max_new_tokens=-1", "top_p=nan", "checkpoint=another", "x=1"]
-)
-def test_a_link_with_wrong_settings_opens_the_page_as_it_is(open_page, page_address, query):
-    tab = open_page(f"{page_address}?{query}")
+def test_of_a_link_with_wrong_settings_the_right_ones_are_taken(open_page, page_address):
+    tab = open_page(f"{page_address}?seed=1e400&top_p=nan&temperature=hot&checkpoint=another&x=1&max_new_tokens=77")
     expect(tab.locator(PROMPT)).to_have_value("caption en")
     tab.get_by_role("button", name="Settings ▼").click()
-    expect(tab.get_by_label("number input for Max new tokens")).to_have_value(str(app.DEFAULT_NEW_TOKENS))
+    expect(tab.get_by_label("number input for Max new tokens")).to_have_value("77")
+    expect(tab.locator("#seed input")).to_have_value("")
+
+
+def test_an_empty_seed_is_sent_as_none_and_a_typed_one_as_it_is(open_page, page_address):
+    sent = []
+
+    def seed_after(change):
+        change()
+        already = len(sent)
+        wait_until(lambda: tab.click("#run") or len(sent) > already, tab=tab)
+        return read_settings(sent[-1][-len(SETTINGS) :])["seed"]
+
+    def type_seed(text):
+        tab.locator("#seed input").fill(text)
+        tab.locator("#seed input").press("Tab")
+
+    def open_settings():
+        tab.get_by_role("button", name="Settings ▼").click()
+
+    def choose_example():
+        tab.locator("#examples").get_by_text("detect apple ; banana").click()
+        expect(tab.locator("#picture img")).to_be_visible()
+
+    def open_and_record(address):
+        tab = open_page(address)
+        tab.on("request", lambda request: "queue/join" in request.url and sent.append(request.post_data_json["data"]))
+        return tab
+
+    tab = open_and_record(page_address)
+    assert seed_after(choose_example) is None
+    assert seed_after(open_settings) is None
+    assert seed_after(lambda: type_seed("5")) == 5
+    assert seed_after(choose_example) == 5
+    assert seed_after(lambda: type_seed("")) is None
+    for query, seed in (("temperature=1", None), ("temperature=1&seed=5", 5)):
+        tab = open_and_record(f"{page_address}?{query}")
+        upload(tab, PICTURE)
+        assert seed_after(open_settings) == seed
 
 
 def test_history_brings_an_earlier_answer_back(open_page, page_address, tiny):
@@ -275,8 +298,10 @@ def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded
     assert answer_in(tab) == kept
 
 
-def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, long_winded_address, watched):
-    first, second = open_page(long_winded_address), open_page(long_winded_address)
+def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, serve, watched, monkeypatch):
+    monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
+    address = serve(watched)
+    first, second = open_page(address), open_page(address)
     for tab in (first, second):
         upload(tab, PICTURE)
     before = watched.tokens
@@ -317,6 +342,14 @@ def test_a_file_that_is_no_picture_shows_a_sentence_and_leaves_the_page_usable(o
     expect(tab.locator(TEXT)).to_have_text(tiny.generate(PICTURE, "caption en"), timeout=20_000)
 
 
+def test_a_sentence_is_shown_as_it_is_written(open_page, page_address):
+    tab = open_page(page_address)
+    upload(tab, PICTURE)
+    ask(tab, "detect <image>")
+    sentence = "The prompt contains the reserved token <image>; please remove it."
+    expect(tab.get_by_text(sentence)).to_be_visible(timeout=20_000)
+
+
 def test_who_comes_while_the_model_loads_sees_how_far_it_is_and_is_answered(open_page, serve, tiny, monkeypatch):
     go_on = threading.Event()
 
@@ -344,7 +377,7 @@ def test_a_menu_of_checkpoints_loads_the_one_that_is_chosen(open_page, serve, ti
 
     def load(source, progress, make_room):
         asked.append(source)
-        return tiny if source is None else Saying(tiny, "the other one")
+        return tiny if source is None else Answering(tiny, "the other one")
 
     tab = open_page(serve(Models([None, "a/b"], load)))
     upload(tab, PICTURE)
@@ -361,7 +394,7 @@ def test_a_menu_of_checkpoints_loads_the_one_that_is_chosen(open_page, serve, ti
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_barrier(browser, serve, tiny, scheme):
-    address = serve(Saying(tiny, f"{BOX} cat ; {OTHER_BOX} dog ; <loc0001> bird"))
+    address = serve(Answering(tiny, f"{BOX} cat ; {OTHER_BOX} dog ; <loc0001> bird"))
     tab = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
     tab.goto(address)
     upload(tab, PICTURE)

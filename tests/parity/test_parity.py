@@ -7,14 +7,17 @@ import pytest
 import torch
 from PIL import Image
 from random_checkpoints import VOCABULARY, make_reference, save_reference
+from transformers import PaliGemmaForConditionalGeneration
 
 import paligemma
 from paligemma.checkpoints import canonical_name
+from paligemma.gemma import rotate
 from paligemma.kv_cache import KVCache
-from paligemma.training.batches import collate
-from paligemma.training.losses import NO_LABEL, answer_loss
+from paligemma.training.data import collate
+from paligemma.training.losses import prefix_lm_loss
 
 LOGITS_BOUND = 1e-4
+FAMILIES = ["gemma", "gemma2"]
 
 
 @pytest.fixture
@@ -40,100 +43,117 @@ def random_rows(config, lengths, seed=0):
     return pixel_values, input_ids, attention_mask
 
 
-def random_picture(seed, width=90, height=60):
+def random_image(seed, width=90, height=60):
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("image_size", [28, 56, 112])
-@pytest.mark.parametrize("lengths", [[9], [9, 5, 2]], ids=["one row", "three padded rows"])
 @torch.no_grad()
-def test_logits_equal_the_reference(load_both, kv_heads, image_size, lengths):
-    reference, vlm = load_both(kv_heads=kv_heads, image_size=image_size, std=0.1)
-    pixel_values, input_ids, attention_mask = random_rows(vlm.config, lengths)
-    # The reference takes the end of the prefix as token types: 0 for the prefix, 1 for the causal answer.
-    prefix_lengths = vlm.config.vision.num_patches + torch.tensor([length // 2 for length in lengths])
-    token_types = (torch.arange(input_ids.shape[1]) >= prefix_lengths[:, None]).long()
-    for prefix, types in ((prefix_lengths, token_types), (None, torch.zeros_like(token_types))):
-        expected = reference(
-            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=types
-        ).logits
-        logits = vlm.model(pixel_values, input_ids, prefix, attention_mask)
-        assert logits.dtype == torch.float32
-        assert expected[attention_mask].std() > 0.05
-        assert (logits - expected)[attention_mask].abs().max() <= LOGITS_BOUND
+def test_logits_equal_the_reference(load_both, family, kv_heads, image_size):
+    reference, vlm = load_both(family=family, kv_heads=kv_heads, image_size=image_size, std=0.1)
+    for lengths in ([39], [39, 35, 2]):  # one row; three padded rows
+        pixel_values, input_ids, attention_mask = random_rows(vlm.config, lengths)
+        prefix_lengths = vlm.config.vision.num_patches + torch.tensor([length // 4 for length in lengths])
+        whole_rows = torch.full_like(prefix_lengths, input_ids.shape[1])
+        for lengths_given, prefix in ((prefix_lengths, prefix_lengths), (None, whole_rows)):
+            # The reference takes the end of the prefix as token types: 0 for the prefix, 1 for the causal answer.
+            expected = reference(
+                pixel_values=pixel_values,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=(torch.arange(input_ids.shape[1]) >= prefix[:, None]).long(),
+            ).logits
+            logits = vlm.model(pixel_values, input_ids, lengths_given, attention_mask)
+            assert logits.dtype == torch.float32
+            assert expected[attention_mask].std() > 0.05
+            assert (logits - expected)[attention_mask].abs().max() <= LOGITS_BOUND
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_answers_are_causal_and_prompts_are_not(load_both, family):
+    _, vlm = load_both(family=family, image_size=112, std=0.2)
+    pixel_values, input_ids, _ = random_rows(vlm.config, [40])
+    prefix_length = vlm.config.vision.num_patches + 6
+    logits = vlm.model(pixel_values, input_ids, torch.tensor([prefix_length]))
+    for changed in (prefix_length - 1, prefix_length + 10):
+        other = input_ids.clone()
+        other[0, changed] += 1
+        differs = (vlm.model(pixel_values, other, torch.tensor([prefix_length])) - logits)[0].abs().amax(-1) > 1e-6
+        first = 0 if changed < prefix_length else changed
+        assert not differs[:first].any()
+        assert differs[first : changed + 1].all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @torch.no_grad()
-def test_decode_with_cache_equals_full_forward(load_both, kv_heads):
-    _, vlm = load_both(kv_heads=kv_heads, std=0.2)
-    model, steps = vlm.model, 32
-    pixel_values, input_ids, _ = random_rows(vlm.config, [5])
-    prefix = torch.tensor([input_ids.shape[1]])
-    cache = KVCache(vlm.config.text, 1, input_ids.shape[1] + steps, torch.float32, "cpu")
-    logits = model.prefill(model.image_features(pixel_values), input_ids, cache)
-    chosen = set()
-    for _ in range(steps):
-        expected = model(pixel_values, input_ids, prefix)[:, -1]
-        assert (logits - expected).abs().max() <= LOGITS_BOUND
-        assert logits.argmax() == expected.argmax()
-        next_id = logits.argmax(-1, keepdim=True)
-        chosen.add(next_id.item())
-        input_ids = torch.cat((input_ids, next_id), dim=1)
-        logits = model.decode(next_id, cache, input_ids.shape[1])
-    assert len(chosen) > steps // 2, "a model that repeats itself proves nothing"
+def test_decode_with_cache_equals_full_forward(load_both, family, kv_heads):
+    _, vlm = load_both(family=family, kv_heads=kv_heads, image_size=112, std=0.2)
+    model, prompt_length, steps = vlm.model, 5, 32
+    pixel_values, input_ids, _ = random_rows(vlm.config, [prompt_length + steps])
+    length = input_ids.shape[1] - steps
+    expected = model(pixel_values, input_ids, torch.tensor([length]))[0, length - 1 :]
+    cache = KVCache(vlm.config.text, 1, input_ids.shape[1], torch.float32, "cpu")
+    rows = [model.prefill(model.image_features(pixel_values), input_ids[:, :length], cache)]
+    for end in range(length + 1, input_ids.shape[1] + 1):
+        rows.append(model.decode(input_ids[:, end - 1 : end], cache, end))
+    logits = torch.cat(rows)
+    assert (logits - expected).abs().max() <= LOGITS_BOUND
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(20))
 @torch.no_grad()
-def test_greedy_tokens_equal_generate(load_both, seed):
-    reference, vlm = load_both(kv_heads=(1, 2, 4)[seed % 3], image_size=(28, 56)[seed % 2], std=0.2, seed=seed)
-    picture, prompt = random_picture(seed), f"answer en how many cats are there? {seed}"
+def test_greedy_tokens_equal_generate(load_both, family, seed):
+    shape = {"kv_heads": (1, 2, 4)[seed % 3], "image_size": (28, 56)[seed % 2], "sliding_window": 8}
+    reference, vlm = load_both(family=family, std=0.2, seed=seed, **shape)
+    image, prompt = random_image(seed), f"answer en how many cats are there? {seed}"
     input_ids = torch.tensor([vlm.processor.input_ids(prompt)])
     expected = reference.generate(
         input_ids=input_ids,
-        pixel_values=vlm.processor.pixel_values(picture),
+        pixel_values=vlm.processor.pixel_values(image),
         attention_mask=torch.ones_like(input_ids),
         token_type_ids=torch.zeros_like(input_ids),
         max_new_tokens=24,
         do_sample=False,
     )[0, input_ids.shape[1] :].tolist()
-    ours = [token.id for token in vlm.stream(picture, prompt, max_new_tokens=24)]
+    ours = [token.id for token in vlm.stream(image, prompt, max_new_tokens=24)]
     assert ours == [token_id for token_id in expected if token_id not in vlm.config.eos_token_ids]
     assert len(set(ours)) > len(ours) // 3, "a model that repeats itself proves nothing"
 
 
-def test_loss_and_gradients_equal_the_reference(load_both):
-    reference, vlm = load_both(kv_heads=2, std=0.1)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_the_reference(load_both, family):
+    reference, vlm = load_both(family=family, kv_heads=2, std=0.1, sliding_window=4)
     model = vlm.model.requires_grad_(True)
-    pairs = [
-        ("caption en", "2 cats and an apple"),
-        ("detect cat", "<loc0008><loc0016><loc0512><loc1000> cat"),
-        ("answer en how many bees are there?", "0"),
+    examples = [
+        (random_image(0), "caption en", "2 cats and an apple"),
+        (random_image(1), "detect cat", "<loc0008><loc0016><loc0512><loc1000> cat"),
+        (random_image(2), "answer en how many bees are there?", "0"),
     ]
     config = vlm.config
-    pixel_values = torch.randn(len(pairs), 3, config.vision.image_size, config.vision.image_size)
-    rows = collate(vlm.processor, list(range(len(pairs))), pairs)
+    rows = collate(vlm.processor, examples)
     assert not rows.attention_mask.all(), "there must be padding"
 
     hidden_states = model.hidden_states(
-        model.image_features(pixel_values), rows.input_ids, rows.prefix_lengths, rows.attention_mask
+        model.image_features(rows.pixel_values), rows.input_ids, rows.prefix_lengths, rows.attention_mask
     )
-    # The reference counts every label alike.
-    labelled = (rows.labels != NO_LABEL).float()
-    loss = answer_loss(hidden_states, rows.labels, labelled / labelled.sum(), model.logits)
+    loss = prefix_lm_loss(hidden_states, rows.labels, model.logits)
     loss.backward()
 
     # The reference wants <eos> among the inputs, and shifts the labels by itself.
     lengths = rows.attention_mask.sum(1)
     positions = torch.arange(rows.input_ids.shape[1] + 1)
     input_ids = torch.nn.functional.pad(rows.input_ids, (0, 1), value=config.pad_token_id)
-    input_ids[torch.arange(len(pairs)), lengths] = config.eos_token_ids[0]
+    input_ids[torch.arange(len(examples)), lengths] = config.eos_token_ids[0]
     in_answer = (positions >= rows.prefix_lengths[:, None]) & (positions <= lengths[:, None])
     outputs = reference.train()(
-        pixel_values=pixel_values,
+        pixel_values=rows.pixel_values,
         input_ids=input_ids,
         attention_mask=(positions <= lengths[:, None]).long(),
         token_type_ids=(positions >= rows.prefix_lengths[:, None]).long(),
@@ -152,6 +172,40 @@ def test_loss_and_gradients_equal_the_reference(load_both):
             assert (gradient - expected).norm() <= 1e-4 * expected.norm(), name
             compared += 1
     assert compared > 60
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_bfloat16_is_rounded_where_the_reference_rounds(load_both, family, tmp_path):
+    # The root of 72, which scales the embeddings, is no bfloat16.
+    exact = load_both(family=family, kv_heads=2, hidden_size=72, std=0.2)[1].model
+    rounded = paligemma.load(tmp_path / "checkpoint", dtype="bfloat16").model
+    reference = PaliGemmaForConditionalGeneration.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    pixel_values, input_ids, _ = random_rows(exact.config, [40])
+    prefix_lengths = torch.tensor([exact.config.vision.num_patches + 6])
+    inputs = {
+        "input_ids": input_ids,
+        "token_type_ids": (torch.arange(input_ids.shape[1]) >= prefix_lengths).long()[None],
+    }
+    expected = exact(pixel_values, input_ids, prefix_lengths)
+    logits = rounded(pixel_values.bfloat16(), input_ids, prefix_lengths)
+
+    decoder, theirs = rounded.language_model, reference.model.language_model
+    assert torch.equal(decoder.embed(input_ids), theirs.embed_tokens(input_ids))
+    states = torch.randn(1000, 72).bfloat16()
+    assert (decoder.norm(states) != theirs.norm(states)).float().mean() < 0.001  # float32 differs in its last bit
+    positions = torch.arange(60)[None]
+    heads = torch.randn(1, 60, 4, 32).bfloat16()
+    cos, sin = theirs.rotary_emb(heads, positions)
+    rotated = heads * cos[:, :, None] + torch.cat((-heads[..., 16:], heads[..., :16]), -1) * sin[:, :, None]
+    assert torch.equal(rotate(heads, *decoder.rotary(positions, torch.bfloat16)), rotated)
+    error, theirs_error = (
+        (one.float() - expected).norm()
+        for one in (logits, reference(pixel_values=pixel_values.bfloat16(), **inputs).logits)
+    )
+    assert error <= 1.1 * theirs_error
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
@@ -175,9 +229,9 @@ def test_pixel_values_equal_the_reference(tiny, mode):
         (1500, 900),
     ]
     for seed, (width, height) in enumerate(sizes):
-        picture = random_picture(seed, max(width, 6), max(height, 6)).resize((width, height)).convert(mode)
-        expected = reference(picture, return_tensors="pt")["pixel_values"]
-        ours = tiny.processor.pixel_values(picture)
+        image = random_image(seed, max(width, 6), max(height, 6)).resize((width, height)).convert(mode)
+        expected = reference(image, return_tensors="pt")["pixel_values"]
+        ours = tiny.processor.pixel_values(image)
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() <= 1e-6
 
@@ -223,8 +277,8 @@ def test_token_ids_equal_the_reference(tiny, vocabulary):
             eos_token_ids=(tokenizer.eos_token_id,),
         )
         ours = Processor(config, reference.tokenizer.backend_tokenizer)
-    picture = random_picture(0)
+    image = random_image(0)
     assert len(set(prompts())) == 200
     for prompt in prompts():
-        expected = reference(images=picture, text="<image>" + prompt)["input_ids"][0]
+        expected = reference(images=image, text="<image>" + prompt)["input_ids"][0]
         assert ours.input_ids(prompt) == list(expected), prompt

@@ -129,7 +129,7 @@ def test_an_object_appears_with_the_token_that_completes_it(seam):
         ("<seg007>" * 16, "a box of 0 instead of 4 locations"),
     ],
 )
-def test_broken_boxes_are_left_out_and_told(text, problem):
+def test_broken_boxes_are_left_out_and_reported(text, problem):
     answer = AnnotatedText(text)
     answer.finish()
     assert answer.detections == []
@@ -143,19 +143,16 @@ def test_boxes_in_one_run_are_as_many_as_they_have_locations_for():
 
 
 @pytest.mark.parametrize("words", ["", " cat", " cat ;"], ids=["one run", "labels", "official"])
-def test_reading_a_long_answer_token_by_token_takes_time_for_the_new_text_only(words):
-    def seconds(boxes):
-        tokens, best = re.findall(r"<\w+>| \S+", f"{CAT_BOX}{words}" * boxes), float("inf")
-        for _ in range(3):
-            answer, start = AnnotatedText(), time.perf_counter()
-            for token in tokens:
-                answer.push(token)
-            answer.finish()
-            best = min(best, time.perf_counter() - start)
-            assert len(answer.detections) == boxes
-        return best
-
-    assert seconds(2048) < 16 * seconds(256), "eight times the text"
+def test_reading_a_long_answer_token_by_token_takes_no_quadratic_time(words):
+    answer, start = AnnotatedText(), time.process_time()
+    for token in re.findall(r"<\w+>| \S+", f"{CAT_BOX}{words}" * 512):
+        answer.push(token)
+        _ = answer.detections, answer.problems
+    answer.finish()
+    assert len(answer.detections) == 512
+    assert time.process_time() - start < 1, (
+        "it takes 0.1 s, and 15 s or more if each token has the last object read anew"
+    )
 
 
 def test_plain_answers_have_no_objects():
@@ -196,10 +193,10 @@ def test_the_mask_of_a_box_without_pixels_is_empty():
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.randoms())
-def test_run_lengths_tell_a_mask_column_by_column(height, width, random):
+def test_run_lengths_describe_a_mask_column_by_column(height, width, random):
     mask = np.array([[random.random() < 0.5 for _ in range(width)] for _ in range(height)])
     runs = run_lengths(mask)
     inside = itertools.cycle([False, True])
-    told = [value for count, value in zip(runs["counts"], inside) for _ in range(count)]
+    values = [value for count, value in zip(runs["counts"], inside) for _ in range(count)]
     assert runs["size"] == [height, width]
-    assert np.array_equal(np.array(told).reshape(width, height).T, mask)
+    assert np.array_equal(np.array(values).reshape(width, height).T, mask)

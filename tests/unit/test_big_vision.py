@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tracemalloc
 
@@ -15,7 +16,9 @@ from random_checkpoints import TOKENIZER, make_reference, save_reference
 
 import paligemma
 from paligemma.checkpoints import save_checkpoint
-from paligemma.checkpoints.big_vision import BigVisionFile
+from paligemma.checkpoints.big_vision import BigVisionFile, config_from_shapes
+from paligemma.checkpoints.load import empty_model
+from paligemma.checkpoints.official import DECODERS, official_config
 
 
 def load(source, **options):
@@ -49,16 +52,30 @@ def file(arrays, tmp_path):
     return save_npz(tmp_path / "model.npz", arrays)
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_npz_file_gives_the_logits_of_the_official_layout(kv_heads, tmp_path):
-    reference = make_reference(kv_heads=kv_heads, image_size=28 * kv_heads, std=0.1)
-    official = load(save_reference(reference, tmp_path / "official"))
-    file = save_npz(tmp_path / "model.npz", big_vision_arrays(official.model))
-    vlm = load(file, tokenizer=TOKENIZER)
+def test_npz_file_gives_the_logits_of_the_official_layout(family, kv_heads, tmp_path):
+    reference = make_reference(family=family, kv_heads=kv_heads, image_size=28 * kv_heads, std=0.1)
+    folder = save_reference(reference, tmp_path / "official")
+    values = json.loads((folder / "config.json").read_text())
+    text = values["text_config"]
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "max_position_embeddings"):
+        text.pop(name, None)  # as in official checkpoints, and so for what the file does not tell
+    text["query_pre_attn_scalar"] = text["head_dim"]
+    (folder / "config.json").write_text(json.dumps(values))
+    official = load(folder)
+    vlm = load(save_npz(tmp_path / "model.npz", big_vision_arrays(official.model)), tokenizer=TOKENIZER)
     assert torch.equal(logits(vlm), logits(official))
-    for part in ("vision", "text"):
-        sizes, expected = vars(getattr(vlm.config, part)), vars(getattr(official.config, part))
-        assert {**sizes, "max_position_embeddings": 0} == {**expected, "max_position_embeddings": 0}
+    assert vlm.config.text.model_type == family
+    assert vlm.config == official.config
+
+
+@pytest.mark.parametrize(("family", "size"), DECODERS)
+@pytest.mark.parametrize("resolution", [224, 896])
+def test_sizes_of_official_checkpoints_follow_from_the_shapes_of_their_arrays(family, size, resolution):
+    config = official_config(family, size, resolution)
+    arrays = big_vision_arrays(empty_model(config))
+    assert config_from_shapes({name.removeprefix("params/"): tuple(arrays[name].shape) for name in arrays}) == config
 
 
 def test_folder_with_an_npz_file_answers_like_the_official_layout(official, file):

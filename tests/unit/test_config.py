@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from random_checkpoints import make_reference, save_reference
+from random_checkpoints import VOCABULARY, make_reference, save_reference
 
 import paligemma
 from paligemma import PaliGemmaError
@@ -56,6 +56,7 @@ def test_broken_file_is_refused_with_its_name(tmp_path, name, content):
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+SWITCHES = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,10 @@ def test_config_that_cannot_be_run_is_refused_with_the_key_named(tmp_path, secti
         ("text_config", {"rope_scaling": {"rope_type": "default", "rope_theta": 300.0}}),
         ("text_config", {"hidden_act": "gelu", "hidden_activation": None}),
         ("text_config", {"eos_token_id": [1, 7]}),
+        (None, {"text_config": {"model_type": "gemma2", "vocab_size": 1000}}),
+        ("text_config", {"model_type": "gemma2", "query_pre_attn_scalar": 144, "sliding_window": 8}),
+        ("text_config", {"model_type": "gemma2", "layer_types": ["sliding_attention", "full_attention"]}),
+        ("text_config", {"model_type": "gemma2", **dict.fromkeys(SWITCHES)}),
     ],
 )
 def test_config_is_read_as_transformers_reads_it(section, values):
@@ -135,10 +140,19 @@ def test_config_is_read_as_transformers_reads_it(section, values):
     ours, reference = PaliGemmaConfig.from_dict(config), transformers.PaliGemmaConfig.from_dict(config)
     for sizes, theirs in ((ours.vision, reference.vision_config), (ours.text, reference.text_config)):
         for name in set(sizes.__dataclass_fields__) - {"rope_theta"}:
-            assert getattr(sizes, name) == getattr(theirs, name), name
+            assert getattr(sizes, name) == getattr(theirs, name, None), name
     assert ours.text.rope_theta == reference.text_config.rope_parameters["rope_theta"]
     eos = reference.text_config.eos_token_id
     assert ours.eos_token_ids == (tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+@pytest.mark.parametrize("layer_types", [["full_attention", "sliding_attention"], ["full_attention"] * 2, 1])
+def test_sliding_windows_of_other_layers_are_refused(layer_types):
+    config = changed("text_config", model_type="gemma2", layer_types=layer_types)
+    with pytest.raises(
+        PaliGemmaError, match=r"^text_config.layer_types has its sliding windows elsewhere than in layers 0"
+    ):
+        PaliGemmaConfig.from_dict(config)
 
 
 def test_null_is_no_value():
@@ -179,8 +193,16 @@ def test_end_tokens_of_the_generation_config_count(tmp_path, there):
 
 
 def test_written_config_is_read_back():
-    config = PaliGemmaConfig(VisionConfig(hidden_act="gelu"), TextConfig(rope_theta=500.0), eos_token_ids=(1, 107))
-    assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+    for text in (TextConfig(rope_theta=500.0), TextConfig("gemma2", query_pre_attn_scalar=256.0, sliding_window=8)):
+        config = PaliGemmaConfig(VisionConfig(hidden_act="gelu"), text, eos_token_ids=(1, 107))
+        assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+
+
+def test_image_token_of_the_tokenizer_counts_in_the_loaded_checkpoint(tmp_path):
+    config = json.loads((save_reference(make_reference(), tmp_path) / "config.json").read_text())
+    config["image_token_index"] = VOCABULARY.token_to_id("<loc0000>")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert paligemma.load(tmp_path, device="cpu").config.image_token_id == VOCABULARY.token_to_id("<image>")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "gelu_fast"])

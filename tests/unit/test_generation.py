@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 
 import pytest
@@ -12,9 +11,7 @@ from PIL import Image, ImageOps
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
-from paligemma import PaliGemmaError
-from paligemma.generation import MAX_FEATURE_BYTES, FeatureCache
-from paligemma.kv_cache import KVCache
+from paligemma import PaliGemmaError, engine
 
 IMAGE = EXAMPLES / "cats.png"
 
@@ -162,12 +159,12 @@ def encoder_runs(tiny, monkeypatch):
     """A list that grows with every run of the vision encoder."""
     runs, image_features = [], tiny.model.image_features
 
-    def record(pixel_values):
+    def record(pixel_values, after_layer):
         runs.append(pixel_values)
-        return image_features(pixel_values)
+        return image_features(pixel_values, after_layer)
 
     monkeypatch.setattr(tiny.model, "image_features", record)
-    monkeypatch.setattr(tiny, "_features", FeatureCache(MAX_FEATURE_BYTES))
+    tiny.engine._features.clear()
     return runs
 
 
@@ -190,68 +187,17 @@ def test_an_encoder_whose_weights_changed_runs_again(encoder_runs, tiny):
     assert len(encoder_runs) == 2
 
 
-def test_the_feature_cache_keeps_the_latest_images_within_its_bytes():
-    cache, computed = FeatureCache(max_bytes=2 * 4 * 10), []
-
-    def get(value):
-        def compute():
-            computed.append(value)
-            return torch.full((10,), float(value))
-
-        return cache.get(value, compute)
-
-    for value in (1, 2, 1, 3, 1, 2):  # 3 pushes out 2, which was asked for before 1
-        assert torch.equal(get(value), torch.full((10,), float(value)))
-    assert computed == [1, 2, 3, 2]
-
-
-def test_features_larger_than_the_cache_are_not_kept():
-    cache = FeatureCache(max_bytes=4)
-    for _ in range(2):
-        assert cache.get("an image", lambda: torch.ones(10)).sum() == 10
-    assert not cache._features
-
-
-# --- one step as one graph
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """The embedded checkpoint with its step as one graph, by a backend that needs no compiler; recompiling fails."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda step, mode, **rest: compile(step, backend="aot_eager", **rest))
-    torch._dynamo.reset()
-    vlm = paligemma.load()
-    vlm.compile()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield vlm
-    torch._dynamo.reset()
-
-
-def test_a_compiled_step_is_one_graph_for_all_lengths(compiled, tiny):
-    input_ids = torch.tensor([tiny.processor.input_ids("caption en")])
-    features = torch.zeros(1, tiny.config.vision.num_patches, tiny.config.text.hidden_size)
-    cache, other = (KVCache(tiny.config.text, 1, 512, torch.float32, "cpu") for _ in range(2))
-    cache.mark_static()
-    with torch.inference_mode():
-        logits, expected = (compiled.model.prefill(features, input_ids, one) for one in (cache, other))
-        for length in range(input_ids.shape[1] + 1, input_ids.shape[1] + 65):
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-            token_id = expected.argmax(-1)
-            logits = compiled._decode(token_id, cache, length)
-            expected = tiny.model.decode(token_id[:, None], other, length)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_compiled_answers_are_the_same_also_side_by_side(compiled, tiny):
-    prompts = ["caption en", "detect cat"]
-    streams = [compiled.stream(IMAGE, prompt) for prompt in prompts]
-    texts = ["", ""]
-    for tokens in itertools.zip_longest(*streams):
-        for number, token in enumerate(tokens):
-            texts[number] += token.text if token else ""
-    assert texts == [tiny.generate(IMAGE, prompt) for prompt in prompts]
-    assert [len(free) for free in compiled._free_caches.values()] == [2]  # for the next requests
+def test_the_features_of_the_latest_images_are_kept_within_their_bytes(tiny, encoder_runs, monkeypatch):
+    features = tiny.config.vision.num_patches * tiny.config.text.hidden_size * 4
+    image = Image.open(IMAGE).convert("RGB")
+    images = {1: image, 2: ImageOps.mirror(image), 3: ImageOps.flip(image)}
+    for images_kept, asked, runs in ((2, (1, 2, 1, 3, 1, 2), 4), (0.5, (1, 1), 2)):  # 3 pushes out 2, asked before 1
+        tiny.engine._features.clear()
+        encoder_runs.clear()
+        monkeypatch.setattr(engine, "MAX_FEATURE_BYTES", images_kept * features)
+        for number in asked:
+            tiny.generate(images[number], "caption en", max_new_tokens=1)
+        assert len(encoder_runs) == runs
 
 
 def test_compiling_is_refused_off_cuda():

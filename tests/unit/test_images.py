@@ -14,6 +14,8 @@ from PIL import ExifTags, Image, PngImagePlugin
 from paligemma import PaliGemmaError
 from paligemma.images import open_image, to_rgb
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged metadata
+
 
 def pixel(image, x=0, y=0):
     return to_rgb(image).getpixel((x, y))
@@ -82,7 +84,7 @@ ODD_ENTRIES = {
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "last"])
 def test_exif_orientation_is_honored_whatever_else_exif_holds(tmp_path, suffix, odd, is_first):
     exif = tiff(odd, ON_ITS_SIDE) if is_first else tiff(ON_ITS_SIDE, odd)
-    path = tmp_path / f"turned.{suffix}"
+    path = tmp_path / f"rotated.{suffix}"
     image = Image.new("RGB", (20, 10), "blue")
     image.paste("yellow", (0, 0, 10, 10))
     image.save(path, exif=b"Exif\0\0" + exif if suffix == "jpg" else exif)
@@ -103,7 +105,7 @@ def test_pixels_are_kept_where_exif_is_none(tmp_path, suffix, exif):
 
 @pytest.mark.parametrize("exif", [None, b"no TIFF"])
 def test_orientation_is_read_in_xmp_as_well(tmp_path, exif):
-    path = tmp_path / "turned.webp"
+    path = tmp_path / "rotated.webp"
     Image.new("RGB", (20, 10), "blue").save(path, xmp=XMP, **({"exif": exif} if exif else {}))
     assert open_image(path).size == (10, 20)
 
@@ -113,8 +115,8 @@ def test_tiff_on_its_side_keeps_its_pixels_in_place(tmp_path, mode):
     image, exif = Image.new(mode, (4, 2)), Image.Exif()
     image.paste(Image.new(mode, (4, 1), "white" if mode != "I;16" else 65535), (0, 1))
     exif[ExifTags.Base.Orientation] = 6
-    image.save(tmp_path / "turned.tif", exif=exif)
-    upright = open_image(tmp_path / "turned.tif")
+    image.save(tmp_path / "rotated.tif", exif=exif)
+    upright = open_image(tmp_path / "rotated.tif")
     assert upright.size == (2, 4)
     assert [len(set(upright.crop((x, 0, x + 1, 4)).get_flattened_data())) for x in (0, 1)] == [1, 1]
 
@@ -134,7 +136,6 @@ def test_png_with_much_text_and_a_large_color_profile_opens_within_a_limit(tmp_p
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif", "avif", "ppm"])
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged metadata
 def test_damage_anywhere_in_a_file_is_a_sentence_or_no_matter(tmp_path, suffix):
     path, rng = tmp_path / f"damaged.{suffix}", np.random.default_rng(0)
     Image.effect_noise((40, 30), 60).convert("RGB").save(path)

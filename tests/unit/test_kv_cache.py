@@ -14,10 +14,10 @@ CAPACITY = 60
 BOUND = 1e-4
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = save_reference(make_reference(kv_heads=2, std=0.2), tmp_path_factory.mktemp("two kv heads"))
-    return paligemma.load(folder).model
+@pytest.fixture(scope="module", params=["gemma", "gemma2"])
+def model(request, tmp_path_factory):
+    reference = make_reference(family=request.param, kv_heads=2, std=0.2)  # gemma2 with a window of 24 positions
+    return paligemma.load(save_reference(reference, tmp_path_factory.mktemp(request.param))).model
 
 
 class Alone:

@@ -70,7 +70,7 @@ def test_the_official_file_is_read_and_computed(tmp_path):
     assert not torch.allclose(masks[0], masks[1])
 
 
-def test_smaller_decoders_tell_their_sizes_by_their_arrays(tmp_path):
+def test_sizes_of_smaller_decoders_follow_from_their_arrays(tmp_path):
     arrays = official_arrays(np.random.default_rng(0), width=32, code_width=8)
     path = tmp_path / "mask_decoder.safetensors"
     save_file({name: torch.from_numpy(value).bfloat16() for name, value in arrays.items()}, path)

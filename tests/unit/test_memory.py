@@ -13,7 +13,7 @@ from safetensors import safe_open
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER, load
 from paligemma.checkpoints.load import empty_model
-from paligemma.checkpoints.memory import check_fits, running_bytes, weight_bytes
+from paligemma.checkpoints.memory import WIDE_TENSORS, check_fits, running_bytes, weight_bytes
 from paligemma.config import PaliGemmaConfig
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_running_takes_a_longer_cache_for_larger_images(empty):
     larger = empty_model(dataclasses.replace(config, vision=vision))
     text, positions = config.text, vision.num_patches - config.vision.num_patches
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    extra = positions * (cached + 3 * text.intermediate_size + config.vision.hidden_size)
+    extra = positions * (cached + WIDE_TENSORS * text.intermediate_size + config.vision.hidden_size)
     assert running_bytes(larger, torch.bfloat16) - running_bytes(empty, torch.bfloat16) == 2 * extra
 
 

@@ -179,7 +179,7 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny):
     context = tiny.config.vision.num_patches + 16
     text = dataclasses.replace(tiny.config.text, max_position_embeddings=context)
     processor = Processor(dataclasses.replace(tiny.config, text=text), VOCABULARY)
-    assert len(processor.input_ids("a" + " cat" * 12)) == context - 1  # the picture, <bos>, 13 words, a line end
+    assert len(processor.input_ids("a" + " cat" * 12)) == context - 1  # the image, <bos>, 13 words, a line end
     with pytest.raises(PaliGemmaError, match="16 tokens, but 15 fit"):
         processor.input_ids("a" + " cat" * 13)
 
@@ -227,7 +227,7 @@ def test_characters_of_several_bytes_come_out_whole():
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_streamed_text_equals_the_text(text):
-    # Control tokens are no text, and normalising is not what is tested here.
+    # Control tokens are no text, and normalizing is not what is tested here.
     text = text.replace("▁", "").replace("<", "")
     assert "".join(stream(encode(text))) == text
 

@@ -1,4 +1,4 @@
-"""Answers as pictures, coloured words and JSON."""
+"""Answers as images, colored text and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from paligemma.annotations import Detection
-from paligemma.demo.rendering import COLOURS, answers_html, draw, figure_html, mark_objects, to_json
+from paligemma.demo.rendering import COLORS, answers_html, draw, figure_html, mark_objects, to_json
 from paligemma.demo.serving import Answer
 
 LEFT_HALF = np.where(np.arange(64) < 32, 1.0, -1.0).astype(np.float32)[None].repeat(64, 0)
@@ -21,21 +21,21 @@ def decode_mask(codes):
     return LEFT_HALF
 
 
-def luminance(colour):
-    channels = np.array(ImageColor.getrgb(colour)) / 255
+def luminance(color):
+    channels = np.array(ImageColor.getrgb(color)) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return linear @ [0.2126, 0.7152, 0.0722]
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_white_letters_can_be_read_on_each_colour(colour):
-    assert 1.05 / (luminance(colour) + 0.05) >= 4.5
+@pytest.mark.parametrize("color", COLORS)
+def test_white_letters_can_be_read_on_each_color(color):
+    assert 1.05 / (luminance(color) + 0.05) >= 4.5
 
 
-def test_neighbours_in_an_answer_have_different_colours():
-    objects = mark_objects([CAT] * (len(COLOURS) + 1), decode_mask)
-    assert len({marked.colour for marked in objects[:-1]}) == len(COLOURS)
-    assert objects[0].colour == objects[-1].colour
+def test_neighbors_in_an_answer_have_different_colors():
+    objects = mark_objects([CAT] * (len(COLORS) + 1), decode_mask)
+    assert len({marked.color for marked in objects[:-1]}) == len(COLORS)
+    assert objects[0].color == objects[-1].color
 
 
 def test_without_a_decoder_a_mask_is_a_box():
@@ -44,7 +44,7 @@ def test_without_a_decoder_a_mask_is_a_box():
     assert to_json([cat], (400, 200)) == [{"label": "cat", "box": [100, 50, 300, 150], "mask": None}]
 
 
-def test_json_has_pixels_of_the_original_picture_and_run_lengths():
+def test_json_has_pixels_of_the_original_image_and_run_lengths():
     cat, dog = to_json(mark_objects([CAT, DOG], decode_mask), (400, 200))
     assert (cat["label"], cat["box"]) == ("cat", [100, 50, 300, 150])
     assert cat["mask"]["size"] == [200, 400]
@@ -53,25 +53,25 @@ def test_json_has_pixels_of_the_original_picture_and_run_lengths():
     assert dog == {"label": "dog", "box": [200, 0, 400, 50], "mask": None}
 
 
-def test_marks_are_drawn_in_the_size_of_the_picture():
-    picture = Image.new("L", (400, 200), 255)
-    drawn = draw(picture, mark_objects([CAT, DOG], decode_mask))
+def test_marks_are_drawn_in_the_size_of_the_image():
+    image = Image.new("L", (400, 200), 255)
+    drawn = draw(image, mark_objects([CAT, DOG], decode_mask))
     assert (drawn.mode, drawn.size) == ("RGB", (400, 200))
-    cat, dog = (ImageColor.getrgb(colour) for colour in COLOURS[:2])
+    cat, dog = (ImageColor.getrgb(color) for color in COLORS[:2])
     assert drawn.getpixel((100, 100)) == cat, "the box"
     assert drawn.getpixel((299, 100)) == cat
     assert drawn.getpixel((200, 40)) == dog
     inside, outside = drawn.getpixel((150, 100)), drawn.getpixel((250, 100))
     assert outside == (255, 255, 255)
     assert inside != outside, "the mask"
-    assert picture.getpixel((100, 100)) == 255, "the picture itself stays as it is"
+    assert image.getpixel((100, 100)) == 255, "the image itself stays as it is"
 
 
-def test_an_object_on_the_edge_of_a_tiny_picture_is_drawn():
+def test_an_object_on_the_edge_of_a_tiny_image_is_drawn():
     draw(Image.new("RGB", (1, 1)), mark_objects([CAT, DOG], decode_mask))
 
 
-def test_words_and_marks_carry_the_same_number_and_colour():
+def test_labels_and_marks_carry_the_same_number_and_color():
     answers = [
         Answer.of("caption en", "a cat"),
         Answer.of(
@@ -81,10 +81,10 @@ def test_words_and_marks_carry_the_same_number_and_colour():
     ]
     found = [one for answer in answers for one in answer.annotated.detections]
     objects = mark_objects(found, decode_mask)
-    pattern = r'data-object="(\d)"[^>]*--colour: (#\w+)'
-    words = re.findall(pattern, answers_html(answers, objects, "none"))
+    pattern = r'data-object="(\d)"[^>]*--color: (#\w+)'
+    labels = re.findall(pattern, answers_html(answers, objects, "none"))
     marks = re.findall(pattern, figure_html("file=cat.png", (400, 200), objects))
-    assert words == marks == [(str(number), COLOURS[number]) for number in range(3)]
+    assert labels == marks == [(str(number), COLORS[number]) for number in range(3)]
 
 
 def test_what_people_and_models_write_is_no_markup():

@@ -9,23 +9,23 @@ import pytest
 from conftest import EXAMPLES, Watched, wait_until
 from PIL import Image
 
-from paligemma import PaliGemmaError
+from paligemma import PaliGemmaError, hardware
 from paligemma.demo.serving import EMBEDDED, Answer, Models, answer_prompts
 
-PICTURE = Image.open(EXAMPLES / "cats.png")
+IMAGE = Image.open(EXAMPLES / "cats.png")
 GIGABYTE = 2**30
 
 
 class Machine:
     """Memory for so many gigabytes of checkpoints, and what was loaded into it, in order."""
 
-    def __init__(self, room, tiny):
-        self.room, self.tiny, self.loaded = room, tiny, []
-        self.models = Models(["a", "b", "c"], self.load, lambda: (self.room - len(self.here)) * GIGABYTE)
+    def __init__(self, capacity, tiny):
+        self.tiny, self.loaded = tiny, []
+        self.models = Models(["a", "b", "c"], self.load, lambda: (capacity - len(self.here)) * GIGABYTE)
 
     @property
     def here(self):
-        return [name for name in self.models.names if self.models.is_loaded(name)]
+        return [name for name in self.models.names if self.models.loaded(name)]
 
     def load(self, source, progress, make_room):
         make_room(GIGABYTE)
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_loaded_once_when_it_is_first_used(tiny):
     assert machine.here == ["a", "b"]
 
 
-def test_the_least_recently_used_makes_room(tiny):
+def test_the_least_recently_used_is_unloaded_for_another(tiny):
     machine = Machine(2, tiny)
     for name in ("a", "b", "a", "c"):
         machine.use(name)
@@ -66,7 +66,36 @@ def test_what_is_being_used_stays(tiny):
     assert machine.here == ["c"]
 
 
-def test_who_waits_is_told_how_far_the_loading_is_and_a_failure_is_tried_again(tiny):
+def test_checkpoints_that_are_loaded_at_the_start_stay_and_one_that_failed_is_not_tried_again(tiny):
+    machine, loading_threads = Machine(1, tiny), []
+    load = machine.load
+
+    def fail_b(source, **callbacks):
+        loading_threads.append(threading.current_thread())
+        if source == "b":
+            raise PaliGemmaError("There is no b; please choose another.")
+        return load(source, **callbacks)
+
+    machine.models = Models(machine.models.names, fail_b, lambda: 0)
+    machine.models.load_all()
+    assert machine.here == ["a", "c"]
+    assert loading_threads == [threading.main_thread()] * 3
+    for _ in range(2):
+        with pytest.raises(PaliGemmaError, match="There is no b"):
+            machine.use("b")
+    assert machine.models.status("b") == "There is no b; please choose another."
+    assert len(loading_threads) == 3
+
+
+def test_a_gpu_that_torch_cannot_use_is_in_the_status_and_in_the_log(tiny, monkeypatch, caplog):
+    monkeypatch.setattr(hardware, "unused_gpu", lambda: "This GPU cannot be used; please update its driver.")
+    models = Models([None], lambda source, **_: tiny)
+    models.get(EMBEDDED)
+    assert models.status(EMBEDDED) == "It runs in float32 on cpu. This GPU cannot be used; please update its driver."
+    assert "please update its driver" in caplog.text
+
+
+def test_who_waits_sees_how_far_the_loading_is_and_a_failure_is_tried_again(tiny):
     go_on, attempts = threading.Event(), []
 
     def load(source, progress, make_room):
@@ -79,13 +108,13 @@ def test_who_waits_is_told_how_far_the_loading_is_and_a_failure_is_tried_again(t
 
     models = Models([None], load)
     assert models.names == [EMBEDDED]
-    told = models.wait(EMBEDDED)
-    assert "Loading the model" in next(told)
+    statuses = models.wait(EMBEDDED)
+    assert "Loading the model" in next(statuses)
     wait_until(lambda: "Reading the weights 42%" in models.status(EMBEDDED))
     go_on.set()
-    assert all("Loading" in line for line in told)
+    assert all("Loading" in line for line in statuses)
     assert models.status(EMBEDDED) == "There is no such checkpoint; please choose another."
-    assert not models.is_loaded(EMBEDDED)
+    assert models.loaded(EMBEDDED) is None
     assert models.get(EMBEDDED) is tiny
     assert attempts == [None, None]
 
@@ -99,42 +128,45 @@ def test_after_closing_nobody_begins_but_who_began_may_finish(tiny):
     machine = Machine(3, tiny)
     with machine.models.use("a"):
         machine.models.close()
-        assert machine.models.is_busy
+        assert not machine.models.wait_until_idle(0)
         assert machine.models.get("a") is tiny
         with pytest.raises(PaliGemmaError, match="ask again in a minute"):
             machine.use("a")
-    assert not machine.models.is_busy
+    assert machine.models.wait_until_idle(0)
 
 
-def test_prompts_are_answered_one_after_another_and_the_picture_is_seen_once(tiny, monkeypatch):
-    seen = []
+def test_prompts_are_answered_together_and_the_image_is_encoded_once(tiny, monkeypatch):
+    encoded = []
     image_features = tiny.model.image_features
-    monkeypatch.setattr(tiny.model, "image_features", lambda pixels: seen.append(1) or image_features(pixels))
-    monkeypatch.setattr(tiny, "_features", type(tiny._features)(2**20))
+    monkeypatch.setattr(
+        tiny.model, "image_features", lambda *arguments: encoded.append(1) or image_features(*arguments)
+    )
+    tiny.engine._features.clear()
     prompts = ["caption en", "detect cat"]
     steps = [
-        [(answer.text, answer.is_finished) for answer in answers] for answers in answer_prompts(tiny, PICTURE, prompts)
+        [(answer.text, answer.is_finished) for answer in answers]
+        for answers in answer_prompts(tiny, IMAGE, prompts, {})
     ]
-    assert steps[0] == []
-    assert steps[-1] == [(tiny.generate(PICTURE, prompt), True) for prompt in prompts]
+    assert steps[0] == [("", False)] * 2
+    assert steps[-1] == [(tiny.generate(IMAGE, prompt), True) for prompt in prompts]
     lengths = [sum(len(text) for text, _ in step) for step in steps]
     assert lengths == sorted(lengths)
-    assert len(seen) == 1
+    assert len(encoded) == 1
 
 
 def test_a_bad_prompt_among_several_is_found_before_the_first_answer(tiny):
     with pytest.raises(PaliGemmaError, match="prompt is empty"):
-        next(answer_prompts(tiny, PICTURE, ["caption en", ""]))
+        next(answer_prompts(tiny, IMAGE, ["caption en", ""], {}))
 
 
-def test_each_answer_leaves_one_line_that_tells_nothing_of_its_content(tiny, caplog):
+def test_each_answer_leaves_one_line_without_its_content(tiny, caplog):
     with caplog.at_level(logging.INFO, logger="paligemma"):
-        list(answer_prompts(tiny, PICTURE, ["detect cat", "is this a secret?"]))
-        growing = answer_prompts(Watched(tiny), PICTURE, ["caption en"])
+        list(answer_prompts(tiny, IMAGE, ["detect cat", "is this a secret?"], {}))
+        growing = answer_prompts(Watched(tiny), IMAGE, ["caption en"], {})
         next(growing), next(growing)
         growing.close()
     first, second, third = (record.getMessage() for record in caplog.records)
-    width, height = PICTURE.size
+    width, height = IMAGE.size
     assert first.startswith(f"task=detect picture={width}x{height} prompt_characters=10 tokens=")
     assert first.endswith("outcome=finished")
     assert "first_token=" in first
@@ -146,7 +178,7 @@ def test_each_answer_leaves_one_line_that_tells_nothing_of_its_content(tiny, cap
     assert "cats" not in caplog.text
 
 
-def test_an_answer_of_before_is_read_again():
+def test_an_earlier_answer_is_read_again():
     answer = Answer.of("detect cat", "<loc0256><loc0128><loc0512><loc0768> cat ; <loc0001>")
     assert [found.label for found in answer.annotated.detections] == ["cat"]
     assert answer.annotated.problems == ["a box of 1 instead of 4 locations"]

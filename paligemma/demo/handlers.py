@@ -1,0 +1,403 @@
+"""What happens when something on the page is pressed and what programs call: one function for each event.
+
+They take and return plain values. Where an event changes several parts of the page, they are named in a dict; what is
+not in it stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from ..annotations import Detection
+from ..config import PaliGemmaError
+from ..images import open_image
+from ..prompts import ENGLISH, TASKS, Task, detect_prompt, segment_prompt, task_of
+from . import rendering
+from .serving import EMBEDDED, Answer, Models
+
+if TYPE_CHECKING:
+    from ..generation import VisionLanguageModel
+    from ..scenes.painter import Painter
+
+MAX_PIXELS = 60_000_000
+MAX_PROMPTS = 8
+MAX_PROMPT_TOKENS = 512
+MAX_NEW_TOKENS = 256
+DEFAULT_NEW_TOKENS = 128  # six masks
+MAX_LINK_SEED = 2**53 - 1  # the largest whole number that a browser keeps exactly
+MAX_LINK_CHARACTERS = 2000
+MAX_HISTORY = 8
+SCENE_SIZE, SCENE_OBJECTS = 336, 6  # pixels, and how many at most
+
+TASK_BY_NAME = {task.name: task for task in TASKS}
+TAGLINE = "Give it a picture and a prompt, and watch the answer arrive."
+ABOUT_EMBEDDED = (
+    "This page runs the **small checkpoint that ships with it**: it knows 125 kinds of drawn objects, and no photographs. "
+    "For those, start it with an official one: `PALIGEMMA_MODEL=google/paligemma-3b-mix-224`."
+)
+ABOUT_OTHER = "This page runs `{}`."
+EMPTY_ANSWER = "An empty answer. To “detect” and “segment” it means: there is none."
+SEVERAL_PROMPTS = "*Shift + Enter: one more prompt about the same picture.*"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number that decides how an answer is made; see `VisionLanguageModel.stream`."""
+
+    name: str
+    label: str
+    default: float | None
+    minimum: float
+    maximum: float
+    step: float
+
+
+SETTINGS = (
+    Setting("max_new_tokens", "Max new tokens", DEFAULT_NEW_TOKENS, 1, MAX_NEW_TOKENS, 1),
+    Setting("temperature", "Temperature (0: always the likeliest token)", 0, 0, 2, 0.05),
+    Setting("top_k", "Top-k (0: off)", 0, 0, 200, 1),
+    Setting("top_p", "Top-p (1: off)", 1, 0.05, 1, 0.05),
+    Setting("seed", "Seed (empty: a new one each time)", None, 0, MAX_LINK_SEED, 1),
+)
+LINK_FIELDS = ("prompt", "checkpoint", *(setting.name for setting in SETTINGS))
+
+# An answer of this visit: `path`, `url` and `size` (width, height) of its image, `checkpoint`, and `answers`, pairs of
+# a prompt and the text that answers it.
+Record = dict[str, Any]
+
+
+def run(
+    models: Models, image: object, prompt: str, checkpoint: str, history: list[Record], *settings: object
+) -> Iterator[dict[str, Any]]:
+    """Answer a prompt, or one in each line, about an uploaded image.
+
+    Args:
+        image: what `gr.Image` sends, see `open_upload`.
+        history: the answers of this visit, the latest first.
+        settings: values of `SETTINGS`; the seed as it was typed.
+
+    Yields:
+        `speed`, a line about time; `figure` and `answers`, HTML; `is_answered`, whether there is an answer to save; at
+        the end `record`, and `history` with it.
+    """
+    opened, record = open_upload(image)
+    # What was shown before goes, also if this answer is stopped.
+    yield {"figure": "", "answers": "", "speed": "", "is_answered": False}
+    drawn: list[rendering.MarkedObject] | None = None
+    answers: list[Answer] = []
+    for status, answers, objects in _answer(models, checkpoint, opened, prompt, read_settings(settings)):
+        if status:
+            yield {"speed": status}
+            continue
+        step = {
+            "answers": rendering.answers_html(answers, objects, EMPTY_ANSWER),
+            "speed": _speed(answers),
+        }
+        if objects is not drawn:
+            drawn = objects
+            step["figure"] = _figure(record, objects)
+        yield step
+    record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
+    history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
+    yield {"record": record, "history": history, "is_answered": True}
+
+
+def read_settings(values: Sequence[object]) -> dict[str, Any]:
+    """Settings by name, from their values on the page, where the seed is typed; an empty one is None."""
+    settings = dict(zip((setting.name for setting in SETTINGS), values))
+    seed = settings["seed"]
+    if isinstance(seed, str):
+        settings["seed"] = int(seed) if seed.strip().isdecimal() else seed.strip() or None
+    return settings
+
+
+def show_again(models: Models, index: int, history: list[Record]) -> dict[str, Any]:
+    """Bring an earlier answer of this visit back, with its image and prompts."""
+    record = history[index]
+    _open(record["path"])  # it may have been deleted meanwhile
+    answers, objects = _read_again(models, record)
+    return {
+        "image": record["path"],
+        "prompt": prompts_of(record),
+        "figure": _figure(record, objects),
+        "answers": rendering.answers_html(answers, objects, EMPTY_ANSWER),
+        "speed": "",
+        "record": record,
+        "is_answered": True,
+    }
+
+
+def prompts_of(record: Record) -> str:
+    """The prompts of an earlier answer, one a line."""
+    return "\n".join(prompt for prompt, _ in record["answers"])
+
+
+def save_image(models: Models, record: Record) -> str:
+    """Draw an answer's boxes and masks on its image; returns the path of the file."""
+    image = _open(record["path"])
+    path = _new_file(record, "marked.png")
+    rendering.draw(image, _read_again(models, record)[1]).save(path)
+    return str(path)
+
+
+def save_objects(models: Models, record: Record) -> str:
+    """Write an answer's objects as JSON; returns the path of the file."""
+    size = _open(record["path"]).size
+    path = _new_file(record, "objects.json")
+    path.write_text(json.dumps(rendering.to_json(_read_again(models, record)[1], size)))
+    return str(path)
+
+
+def draw_scene() -> Image.Image:
+    """Draw a new image, of what the embedded checkpoint knows."""
+    rng = np.random.default_rng()
+    return _painter().random_scene(rng, SCENE_SIZE, int(rng.integers(1, SCENE_OBJECTS, endpoint=True))).image
+
+
+def choose_task(name: str, language: str) -> str:
+    """The prompt of a task that was chosen."""
+    return TASK_BY_NAME[name].prompt(language)
+
+
+def describe_prompt(prompt: str, checkpoint: str) -> dict[str, Any]:
+    """The `task` that a prompt asks for, a `hint` how to write others, and whether it `has_language`; also while typed."""
+    task = task_of(prompt)
+    return {
+        "task": task.name if task else None,
+        "hint": hint(task),
+        # The embedded checkpoint answers in English only.
+        "has_language": bool(task and task.has_language) and checkpoint != EMBEDDED,
+    }
+
+
+def hint(task: Task | None) -> str:
+    """How to write other prompts of a task, or that it is none."""
+    return f"{task.hint if task else 'A free question.'} {SEVERAL_PROMPTS}"
+
+
+def read_link(query: Mapping[str, str], checkpoints: Sequence[str]) -> dict[str, Any]:
+    """The fields of the page that a link fills in; what the page could not hold is left out."""
+    fields: dict[str, Any] = {}
+    if query.get("prompt"):
+        fields["prompt"] = query["prompt"][:MAX_LINK_CHARACTERS]
+    if query.get("checkpoint") in checkpoints:
+        fields["checkpoint"] = query["checkpoint"]
+    for setting in SETTINGS:
+        try:
+            value = float(query[setting.name])
+        except (KeyError, ValueError):
+            continue
+        is_whole = math.isfinite(value) and value.is_integer()
+        if setting.minimum <= value <= setting.maximum and (is_whole or setting.step < 1):
+            fields[setting.name] = int(value) if is_whole else value
+    return fields
+
+
+def show_status(models: Models, checkpoint: str) -> dict[str, Any]:
+    """Say what a checkpoint is (`about`), how it runs (`status`), whether it `is_loading` and if it `can_draw` scenes."""
+    is_loading = models.loaded(checkpoint) is None  # before the status, so that the last one shown is of the end
+    return {
+        "about": about(checkpoint),
+        "status": models.status(checkpoint),
+        "is_loading": is_loading,
+        "can_draw": checkpoint == EMBEDDED,
+    }
+
+
+def about(checkpoint: str) -> str:
+    """What the page is, and what it runs, in Markdown."""
+    return f"{TAGLINE} {ABOUT_EMBEDDED if checkpoint == EMBEDDED else ABOUT_OTHER.format(checkpoint)}"
+
+
+# --- what programs call: Gradio shows their names, parameters and descriptions
+
+
+def generate(
+    models: Models,
+    image: object,
+    prompt: str,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0,
+    top_k: int = 0,
+    top_p: float = 1,
+    seed: int | None = None,
+) -> Iterator[tuple[str, list[dict[str, object]]]]:
+    """Answer a prompt about a picture; streams the text so far.
+
+    Args:
+        image: the picture
+        prompt: in PaliGemma's own syntax: `caption en`, `describe en`, `answer en QUESTION`, `detect KIND ; KIND`,
+            `segment KIND ; KIND` or `ocr`; one more in each further line
+        max_new_tokens: the longest answer
+        temperature: 0 takes the likeliest token always
+        top_k: sample among so many of the likeliest tokens; 0 among all
+        top_p: sample among the likeliest tokens that have this much probability together; 1 among all
+        seed: a whole number; the same one gives the same text
+    """
+    opened, _ = open_upload(image)
+    settings = read_settings((max_new_tokens, temperature, top_k, top_p, seed))
+    known: list[rendering.MarkedObject] | None = None
+    for status, answers, objects in _answer(models, models.names[0], opened, prompt, settings):
+        if status:
+            continue
+        if objects is not known:
+            known, in_json = objects, rendering.to_json(objects, opened.size)
+        yield "\n".join(answer.text for answer in answers), in_json
+
+
+def caption(models: Models, image: object, language: str = ENGLISH) -> str:
+    """Describe a picture in a sentence.
+
+    Args:
+        image: the picture
+        language: code of the language to answer in, such as `en`; the embedded checkpoint knows only that one
+    """
+    *_, (text, _) = generate(models, image, f"caption {language}")
+    return text
+
+
+def detect(models: Models, image: object, objects: str) -> tuple[Image.Image, list[dict[str, object]]]:
+    """Find all objects of some kinds in a picture, with their boxes.
+
+    Args:
+        image: the picture
+        objects: what to find: `cat`, or several kinds: `cat ; dog`
+    """
+    return _find_objects(models, image, objects, detect_prompt)
+
+
+def segment(models: Models, image: object, objects: str) -> tuple[Image.Image, list[dict[str, object]]]:
+    """Find all objects of some kinds in a picture, with their masks.
+
+    Args:
+        image: the picture
+        objects: what to find: `cat`, or several kinds: `cat ; dog`
+    """
+    return _find_objects(models, image, objects, segment_prompt)
+
+
+def _find_objects(
+    models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]
+) -> tuple[Image.Image, list[dict[str, object]]]:
+    """The image with what was found drawn on it, and the objects, see `rendering.to_json`."""
+    if not isinstance(kinds, str):
+        raise PaliGemmaError(f"objects is {kinds}; please give a text such as “cat” or “cat ; dog”.")
+    opened, _ = open_upload(image)
+    settings = {"max_new_tokens": MAX_NEW_TOKENS}
+    *_, (_, _, objects) = _answer(models, models.names[0], opened, to_prompt(kinds), settings)
+    return rendering.draw(opened, objects), rendering.to_json(objects, opened.size)
+
+
+# --- what they share
+
+
+def open_upload(image: object) -> tuple[Image.Image, Record]:
+    """Open what `gr.Image` sends: the fields of its `ImageData`, with the path of the uploaded file.
+
+    Returns:
+        the image, and where it is: `path`, `url` for the page, `size`.
+    """
+    if not image or isinstance(image, dict) and not image.get("path"):
+        raise PaliGemmaError("There is no picture yet; please upload one or choose an example.")
+    if not isinstance(image, dict) or not isinstance(image["path"], str):
+        raise PaliGemmaError(
+            'The picture is not an uploaded file; please upload it to /gradio_api/upload and give {"path": …} with the '
+            "path that comes back."
+        )
+    opened = _open(image["path"])
+    url = image.get("url") or f"gradio_api/file={quote(image['path'])}"
+    return opened, {"path": image["path"], "url": url, "size": opened.size}
+
+
+def _open(path: str) -> Image.Image:
+    # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
+    if "\0" in path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise PaliGemmaError("The picture was not uploaded to this page; please upload it.")
+    return open_image(path, MAX_PIXELS)
+
+
+def _answer(
+    models: Models, checkpoint: str, image: Image.Image, prompt: str, settings: dict[str, Any]
+) -> Iterator[tuple[str, list[Answer], list[rendering.MarkedObject]]]:
+    """Yield how far the loading is, then the answers so far and their objects, which are a new list when they change."""
+    prompts = [line for line in map(str.strip, str(prompt or "").splitlines()) if line] or [prompt]
+    with models.use(checkpoint):
+        for status in models.wait(checkpoint):
+            yield status, [], []
+        vlm = models.get(checkpoint)
+        _check_limits(vlm, prompts, settings["max_new_tokens"])
+        detections: list[Detection] = []
+        objects: list[rendering.MarkedObject] = []
+        for answers in models.answer(checkpoint, image, prompts, settings):
+            found = _detections(answers)
+            if found != detections:
+                detections, objects = found, rendering.mark_objects(found, vlm.decode_mask)
+            yield "", answers, objects
+
+
+def _check_limits(vlm: VisionLanguageModel, prompts: Sequence[str], max_new_tokens: object) -> None:
+    """Refuse what the model could do but a shared page should not spend its time on."""
+    if len(prompts) > MAX_PROMPTS:
+        raise PaliGemmaError(f"These are {len(prompts)} prompts; please ask at most {MAX_PROMPTS} at once.")
+    for prompt in prompts:
+        tokens = len(vlm.processor.input_ids(prompt)) - vlm.config.vision.num_patches
+        if tokens > MAX_PROMPT_TOKENS:
+            raise PaliGemmaError(
+                f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
+            )
+    if isinstance(max_new_tokens, (int, float)) and max_new_tokens > MAX_NEW_TOKENS:
+        raise PaliGemmaError(
+            f"max_new_tokens is {max_new_tokens}; please give a whole number from 1 to {MAX_NEW_TOKENS}."
+        )
+
+
+def _detections(answers: Sequence[Answer]) -> list[Detection]:
+    return [detection for answer in answers for detection in answer.annotated.detections]
+
+
+def _read_again(models: Models, record: Record) -> tuple[list[Answer], list[rendering.MarkedObject]]:
+    """The answers of a record, and their objects."""
+    answers = [Answer.of(prompt, text) for prompt, text in record["answers"]]
+    # A checkpoint that was unloaded meanwhile is not loaded for this: its masks are drawn as boxes.
+    vlm = models.loaded(record["checkpoint"])
+    return answers, rendering.mark_objects(_detections(answers), vlm.decode_mask if vlm else None)
+
+
+def _figure(record: Record, objects: Sequence[rendering.MarkedObject]) -> str:
+    return rendering.figure_html(record["url"], record["size"], objects) if objects else ""
+
+
+def _speed(answers: Sequence[Answer]) -> str:
+    """Time to first token, and tokens per second after it, of all prompts together."""
+    times = sorted(seconds for answer in answers for seconds in answer.times)
+    if not times:
+        return "Looking at the picture …"
+    line = f"First token after {times[0]:.2f} s"
+    if len(times) > 1:
+        line += f" · {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s · {len(times)} tokens"
+    return line
+
+
+def _new_file(record: Record, name: str) -> Path:
+    """A path in the folder of uploads, for a file that the visitor may download."""
+    return Path(tempfile.mkdtemp(dir=get_upload_folder())) / f"{Path(record['path']).stem}-{name}"
+
+
+@cache
+def _painter() -> Painter:
+    from ..scenes.artwork import load_sheet
+    from ..scenes.painter import Painter
+
+    return Painter(load_sheet())

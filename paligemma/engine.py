@@ -1,0 +1,260 @@
+"""The engine: sequences wait, are prefilled one by one, decoded together, and leave when they end.
+
+One thread owns the model; others submit a `TokenSequence` and read its tokens. The thread lets go whom nobody waits for, then either prefills the next in line or makes one decode step for all rows.
+A prefix attends to itself both ways, so a prefill cannot be cut by positions; it is cut by layers, and the steps of the
+others come in between.
+
+    waiting ──> prefilled ──> running: row r of each step is in slot r of the cache ──> over
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Condition
+
+import torch
+from torch import Tensor
+
+from .config import PaliGemmaError
+from .hardware import lack_of_memory
+from .kv_cache import KVCache
+from .model import PaliGemma
+from .sequence import TokenSequence
+
+# Between two steps of the others, a prefill may take as long as this many of these steps: who is running then waits at
+# most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
+PREFILL_SHARE = 1.3
+MAX_ROWS = 16
+# Of all slots together; a 3B checkpoint has 38 MB of keys and values for 1,024 positions, in float32.
+MAX_CACHE_BYTES = 2**30
+TEXT_POSITIONS = 768  # of a slot, after the image: the longest prompt of the page and the longest answer to it
+MAX_FEATURE_BYTES = 64 * 2**20  # a 3B checkpoint has 2 MB of features for an image of 224 pixels, in float32
+NOT_FINITE = (
+    "The logits are not finite in {}; please choose the dtype bfloat16, or, if they are not in that either, fetch the "
+    "checkpoint again."
+)
+SMALLEST_COMPILED_LIMIT = 512  # positions; the larger ones double
+
+
+class Closed(Exception):
+    """Ends a prefill whose sequence nobody waits for any more."""
+
+
+class Engine:
+    """Runs a model for any number of sequences at once.
+
+    Args:
+        model: in its final place and dtype; nothing else may run it.
+        rows: how many sequences are decoded together at most, if their cache fits into `MAX_CACHE_BYTES`.
+    """
+
+    def __init__(self, model: PaliGemma, rows: int = MAX_ROWS):
+        self.model, self.rows = model, rows
+        self._compiled_decode: Callable[..., Tensor] | None = None
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()  # of the latest images, the newest last
+        self._reset()
+
+    def _reset(self) -> None:
+        """Begin with no sequence and a thread of this process: a fork, such as ZeroGPU makes, has none of the other's."""
+        self._process = os.getpid()
+        # The same thread for good, since a CUDA graph belongs to the one that recorded it; it ends with the engine.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._changed = Condition()
+        self._is_awake = False
+        self._waiting: deque[TokenSequence] = deque()
+        self._running: list[TokenSequence] = []
+        self._step_seconds = self._last_step = 0.0
+        self._cache = self._make_cache(0, 0)
+
+    def compile(self) -> None:
+        """Compile the decode step, as one graph for each bucket of rows and length; on CUDA these are CUDA graphs."""
+        torch._dynamo.config.recompile_limit = 64
+        self._compiled_decode = torch.compile(self.model.decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def submit(self, sequence: TokenSequence) -> None:
+        """Let a sequence wait for its turn."""
+        if self._process != os.getpid():
+            self._reset()
+        sequence.engine = self
+        with self._changed:
+            self._waiting.append(sequence)
+            self._changed.notify()
+            if not self._is_awake:
+                self._is_awake = True
+                self._thread.submit(self._run)
+
+    def wake(self) -> None:
+        """Tell the thread that a sequence was closed or read."""
+        with self._changed:
+            self._changed.notify()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        """Work until no sequence is left."""
+        while self._wait_for_work():
+            try:
+                if self._has_place():
+                    self._prefill(self._waiting.popleft())
+                else:
+                    self._step()
+            except Exception as error:  # none of them may wait for ever
+                explained = lack_of_memory(error, self.model.device)
+                # Without the latest, the others may have enough memory.
+                for sequence in self._running if explained is error else self._running[-1:]:
+                    sequence.put(explained)
+
+    def _wait_for_work(self) -> bool:
+        """Let go who is closed; False if nobody is left, else True as soon as there is something to compute."""
+        with self._changed:
+            while True:
+                self._let_go()
+                if self._has_place() or self._is_any_active():
+                    return True
+                if not self._running:
+                    self._is_awake = False
+                    return False
+                self._changed.wait()
+
+    def _let_go(self) -> None:
+        """Free the slots of sequences that are closed; the last row moves into a hole, so that rows are the first slots."""
+        while self._waiting and self._waiting[0].is_closed:
+            self._waiting.popleft()
+        for row in reversed(range(len(self._running))):
+            if self._running[row].is_closed:
+                last = self._running.pop()
+                if row < len(self._running):
+                    self._running[row] = last
+                    self._cache.move(len(self._running), row, last.length)
+                self._cache.release(len(self._running))
+
+    def _is_any_active(self) -> bool:
+        return any(not self._is_paused(sequence) for sequence in self._running)
+
+    def _is_paused(self, sequence: TokenSequence) -> bool:
+        """Whether a running sequence sits out the steps; nobody does whose slot others wait for."""
+        return sequence.is_ahead and not self._waiting
+
+    def _has_place(self) -> bool:
+        """Whether the first in line can be prefilled, with a cache made for it if nobody else uses the one that is there."""
+        if not self._waiting:
+            return False
+        capacity = self._waiting[0].capacity
+        if capacity > self._cache.capacity and not self._running:
+            self._cache = self._make_cache(0, 0)  # its memory goes before that of the next is taken
+            self._cache = self._make_cache(capacity, self.rows)
+        return capacity <= self._cache.capacity and len(self._running) < len(self._cache.lengths)
+
+    def _make_cache(self, capacity: int, rows: int) -> KVCache:
+        """As many slots as fit into the bounds, each for `capacity` positions or the usual number of them."""
+        text, dtype = self.model.config.text, self.model.dtype
+        usual = self.model.config.vision.num_patches + TEXT_POSITIONS
+        capacity = min(max(capacity, usual), text.max_position_embeddings) if rows else 0
+        position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+        slots = max(1, min(rows, MAX_CACHE_BYTES // (position * capacity))) if rows else 0
+        cache = KVCache(text, slots, capacity, dtype, self.model.device)
+        if self._compiled_decode is not None:
+            cache.mark_static()
+        return cache
+
+    def _prefill(self, sequence: TokenSequence) -> None:
+        """Read an image and a prompt into the first free slot, with steps of the others between the layers."""
+        slot = len(self._running)
+        layer_start = time.perf_counter()
+
+        def after_layer() -> None:
+            nonlocal layer_start
+            self._let_go()
+            if sequence.is_closed:
+                raise Closed
+            now = time.perf_counter()
+            # Including the next layer, if it takes as long.
+            waited = now - self._last_step + (now - layer_start)
+            if waited > PREFILL_SHARE * self._step_seconds and self._is_any_active():
+                self._step()
+            layer_start = time.perf_counter()
+
+        try:
+            features = self._image_features(sequence.pixel_values, after_layer)
+            input_ids = torch.tensor([sequence.input_ids], device=self.model.device)
+            logits = self.model.prefill(features, input_ids, self._cache, slot, after_layer)
+        except Closed:
+            return
+        except Exception as error:
+            self._cache.release(slot)
+            sequence.put(lack_of_memory(error, self.model.device))
+            return
+        row = len(self._running)  # less than `slot` if somebody has left meanwhile
+        if slot != row:
+            self._cache.move(slot, row, sequence.length)
+        self._running.append(sequence)
+        self._choose([sequence], logits)
+
+    def _image_features(self, pixel_values: Tensor, after_layer: Callable[[], None]) -> Tensor:
+        """The features of an image, computed unless they are among the latest ones."""
+        key = hashlib.sha256(pixel_values.numpy().data).digest(), self.model.encoder_version()
+        features = self._features.pop(key, None)
+        if features is None:
+            features = self.model.image_features(pixel_values.to(self.model.device, self.model.dtype), after_layer)
+        self._features[key] = features
+        while sum(kept.nbytes for kept in self._features.values()) > MAX_FEATURE_BYTES:
+            self._features.popitem(last=False)
+        return features
+
+    def _step(self) -> None:
+        """Append one token to every running sequence that is not too far ahead of its reader."""
+        start, active = time.perf_counter(), []
+        for row, sequence in enumerate(self._running):
+            is_paused = self._is_paused(sequence)
+            if is_paused != sequence.sits_out:  # the slot of one that does counts as full
+                self._cache.start(row, 1, self._cache.capacity if is_paused else sequence.length)
+                sequence.sits_out = is_paused
+            if not is_paused:
+                active.append(row)
+        rows, limit = active[-1] + 1, 1 + max(self._running[row].length for row in active)
+        if self._compiled_decode is not None:
+            rows = min(_power_of_two(rows), len(self._cache.lengths))
+            limit = min(max(_power_of_two(limit), SMALLEST_COMPILED_LIMIT), self._cache.capacity)
+            torch.compiler.cudagraph_mark_step_begin()
+        last_ids = [sequence.last_id for sequence in self._running[:rows]]
+        last_ids += [0] * (rows - len(last_ids))
+        # A single sequence has all positions up to `limit`.
+        mask = None if rows == 1 and self._compiled_decode is None else self._cache.mask(rows, limit)
+        input_ids = torch.tensor(last_ids, device=self.model.device)[:, None]
+        logits = (self._compiled_decode or self.model.decode)(input_ids, self._cache, limit, mask)
+        sequences = [self._running[row] for row in active]
+        for sequence in sequences:
+            sequence.length += 1
+        self._choose(sequences, logits if len(active) == rows else logits[active])
+        self._last_step = time.perf_counter()
+        self._step_seconds = self._last_step - start
+
+    def _choose(self, sequences: list[TokenSequence], logits: Tensor) -> None:
+        """Give each sequence its next token, as its own sampler chooses it from its row of float [N, vocab_size]."""
+        ids = logits.argmax(dim=-1)
+        for row, sequence in enumerate(sequences):
+            if sequence.sampler.temperature:
+                ids[row] = sequence.sampler(logits[row, None], sequence.generator)[0]
+        probabilities = logits.softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
+        # The one place that waits for the device. Doubles hold every id exactly.
+        chosen = torch.stack((ids.double(), probabilities.double()), dim=1).tolist()
+        for sequence, (token_id, probability) in zip(sequences, chosen):
+            sequence.last_id = int(token_id)
+            if math.isnan(probability):
+                sequence.put(PaliGemmaError(NOT_FINITE.format(str(self.model.weight_dtype).removeprefix("torch."))))
+            elif sequence.last_id in self.model.config.eos_token_ids:
+                sequence.put(None)
+            else:
+                sequence.put((sequence.last_id, probability))
+                if sequence.written == sequence.max_new_tokens:
+                    sequence.put(None)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is not smaller."""
+    return 1 << (number - 1).bit_length()

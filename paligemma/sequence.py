@@ -1,0 +1,86 @@
+"""`TokenSequence`: a prompt about an image on its way to an answer, between its reader's thread and the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+MAX_AHEAD = 8  # tokens that are computed before they are read
+# A token's id and its probability; or the error that ends a sequence; or None, its end.
+Event = tuple[int, float] | BaseException | None
+Events = SimpleQueue[tuple["TokenSequence", Event]]
+
+
+class TokenSequence:
+    """A prompt about an image on its way to an answer; see `read` for its tokens.
+
+    Args:
+        pixel_values: float32 [1, 3, image_size, image_size], on the CPU.
+        input_ids: the image placeholders first.
+        max_new_tokens: how many tokens there are at most; a token that ends the answer is none of them.
+        sampler, generator: how they are chosen; the generator is on the model's device.
+        events: where its tokens go to; several sequences that are read together share them.
+    """
+
+    def __init__(
+        self,
+        pixel_values: Tensor,
+        input_ids: list[int],
+        max_new_tokens: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+        events: Events,
+    ):
+        self.pixel_values, self.input_ids, self.max_new_tokens = pixel_values, input_ids, max_new_tokens
+        self.sampler, self.generator = sampler, generator
+        self.events = events
+        self.engine: Engine | None = None
+        self.length = len(input_ids)  # positions that are in the cache
+        self.capacity = len(input_ids) + max_new_tokens - 1  # at most; the last token is never read
+        self.last_id = -1  # the token that the next step appends
+        self.is_closed = self.sits_out = False
+        # Counted apart by the thread that writes and the one that reads, so that neither needs a lock.
+        self.written = self.read_count = 0
+
+    def close(self) -> None:
+        """Nobody waits for it any more: its slot is free at the next step."""
+        self.is_closed = True
+        if self.engine is not None:
+            self.engine.wake()
+
+    def put(self, event: Event) -> None:
+        """Hand an event to whoever reads."""
+        self.written += 1
+        self.is_closed |= not isinstance(event, tuple)
+        self.events.put((self, event))
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether its reader is so far behind that no more should be computed."""
+        return self.written - self.read_count >= MAX_AHEAD
+
+
+def read(events: Events, count: int) -> Iterator[tuple[TokenSequence, tuple[int, float] | None]]:
+    """Yield the tokens of `count` sequences that were made with the same `events`, as they come, and None at each end.
+
+    Raises:
+        PaliGemmaError: one of the sequences failed; the others go on until they are closed.
+    """
+    while count:
+        sequence, event = events.get()
+        sequence.read_count += 1
+        if sequence.written - sequence.read_count == MAX_AHEAD - 1 and sequence.engine is not None:
+            sequence.engine.wake()  # it was too far ahead
+        if isinstance(event, BaseException):
+            raise event
+        count -= event is None
+        yield sequence, event

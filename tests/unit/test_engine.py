@@ -1,0 +1,227 @@
+"""Sequences that come and go at any time are decoded together, and each says what it would say alone."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+
+import pytest
+import torch
+from conftest import EXAMPLES, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import paligemma
+from paligemma import PaliGemmaError, engine
+from paligemma.engine import PREFILL_SHARE, Engine
+from paligemma.sequence import MAX_AHEAD
+
+IMAGES = [EXAMPLES / name for name in ("cats.png", "sign.png", "music.png")]
+PROMPTS = ["caption en", "detect cat ; dog", "answer en how many cats are there on the left?"]
+
+
+@pytest.fixture
+def vlm(long_winded: paligemma.VisionLanguageModel) -> paligemma.VisionLanguageModel:
+    """A model whose answers do not end by themselves, with an engine of its own."""
+    return paligemma.VisionLanguageModel(long_winded.model, long_winded.processor)
+
+
+@pytest.fixture
+def log(vlm, monkeypatch):
+    """What the model is run for, in order: "layer" of a prefill, or the number of rows of a step."""
+    log = []
+    prefill, decode, encode = vlm.model.prefill, vlm.model.decode, vlm.model.image_features
+
+    def logged(run):
+        def run_logged(*arguments):
+            *others, after_layer = arguments
+
+            def logged_after_layer():
+                log.append("layer")
+                after_layer()
+
+            return run(*others, logged_after_layer)
+
+        return run_logged
+
+    monkeypatch.setattr(vlm.model, "prefill", logged(prefill))
+    monkeypatch.setattr(vlm.model, "image_features", logged(encode))
+    monkeypatch.setattr(vlm.model, "decode", lambda ids, *others: log.append(len(ids)) or decode(ids, *others))
+    return log
+
+
+request = st.fixed_dictionaries(
+    {
+        "image": st.sampled_from(IMAGES),
+        "prompt": st.sampled_from(PROMPTS),
+        "max_new_tokens": st.integers(1, 24),
+        "temperature": st.sampled_from([0.0, 0.7, 1.5]),
+        "top_k": st.sampled_from([0, 1, 5]),
+        "top_p": st.sampled_from([1.0, 0.5]),
+        "seed": st.integers(0, 3),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(request, st.integers(0, 12), st.integers(1, 30)), min_size=1, max_size=8))
+def test_a_sequence_says_the_same_whoever_else_is_served(long_winded, requests):
+    vlm = paligemma.VisionLanguageModel(long_winded.model, long_winded.processor)
+    vlm.engine.rows = 4  # so that some have to wait
+    answers = [vlm.stream(**request) for request, _, _ in requests]
+    tokens = [[] for _ in requests]
+    for tick in range(50):
+        for (_, arrival, stop), answer, received in zip(requests, answers, tokens):
+            if arrival <= tick < arrival + stop and (token := next(answer, None)) is not None:
+                received.append((token.id, token.text))
+            elif tick == arrival + stop:
+                answer.close()
+    for (request, _, stop), received in zip(requests, tokens):
+        alone = [(token.id, token.text) for token in long_winded.stream(**request)]
+        assert received == alone[:stop]
+
+
+def test_a_batch_is_answered_in_the_same_steps(vlm, log):
+    texts = vlm.generate_batch(IMAGES * 2, PROMPTS * 2, max_new_tokens=30)
+    assert max(entry for entry in log if entry != "layer") == 6
+    assert texts == [vlm.generate(image, prompt, max_new_tokens=30) for image, prompt in zip(IMAGES * 2, PROMPTS * 2)]
+    with pytest.raises(PaliGemmaError, match="2 images for 1 prompts"):
+        vlm.generate_batch(IMAGES[:2], PROMPTS[:1])
+
+
+def test_prompts_about_one_image_share_its_features(vlm, monkeypatch):
+    encoded = []
+    encode = vlm.model.image_features
+    monkeypatch.setattr(vlm.model, "image_features", lambda *arguments: encoded.append(1) or encode(*arguments))
+    vlm.generate_batch([IMAGES[0]] * 3, PROMPTS, max_new_tokens=2)
+    assert len(encoded) == 1
+
+
+def test_a_stopped_answer_is_computed_no_further_and_its_slot_is_used_again(vlm, log):
+    vlm.engine.rows = 1
+    first, second = vlm.stream(IMAGES[0], "caption en", max_new_tokens=500), vlm.stream(IMAGES[1], "caption en")
+    next(first)
+    waiting = threading.Thread(target=lambda: next(second))
+    waiting.start()
+    steps = log.count(1)
+    first.close()
+    waiting.join(timeout=20)
+    assert not waiting.is_alive()
+    assert log.count(1) - steps <= MAX_AHEAD + 1
+    second.close()
+    wait_until(lambda: not vlm.engine._running)
+    assert next(first, None) is None
+
+
+def test_an_answer_that_nobody_reads_waits_while_the_others_go_on(vlm, log):
+    unread, read = (vlm.stream(image, "caption en", max_new_tokens=60) for image in IMAGES[:2])
+    alone = [token.id for token in vlm.stream(IMAGES[0], "caption en", max_new_tokens=60)]
+    first = next(unread).id
+    assert len(list(read)) == 60
+    before = len(log)
+    wait_until(lambda: vlm.engine._running and all(one.is_ahead for one in vlm.engine._running))
+    assert vlm.engine._running[0].written == MAX_AHEAD + 1
+    assert [first, *(token.id for token in unread)] == alone
+    assert len(log) > before
+
+
+def test_those_who_stream_get_their_tokens_while_a_newcomer_is_prefilled(vlm, log, monkeypatch):
+    # A clock that a step moves by ten, and a layer of a prefill by three.
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: sum(3 if entry == "layer" else 10 for entry in log))
+    running = vlm.stream(IMAGES[0], "caption en", max_new_tokens=200)
+    next(running)
+    reading = threading.Thread(target=list, args=(running,), daemon=True)
+    reading.start()
+    wait_until(lambda: log.count(1) > 3)
+    before = len(log)
+    next(vlm.stream(IMAGES[1], "caption en"))
+    during = log[before:]
+    layers = vlm.config.vision.num_hidden_layers + vlm.config.text.num_hidden_layers - 1
+    assert during.count("layer") == layers
+    runs = "".join("." if entry == "layer" else "|" for entry in during).strip("|").split("|")
+    assert max(map(len, runs)) == int(10 * PREFILL_SHARE / 3)
+    running.close()
+
+
+def test_what_does_not_fit_waits_in_order_and_a_long_one_gets_a_longer_cache(vlm, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_CACHE_BYTES", 0)  # one slot
+    longest = vlm.config.text.max_position_embeddings - vlm.config.vision.num_patches - 20
+    order = []
+
+    def ask(number, max_new_tokens):
+        for _ in vlm.stream(IMAGES[0], "caption en", max_new_tokens=max_new_tokens):
+            if number not in order:
+                order.append(number)
+
+    threads = [threading.Thread(target=ask, args=arguments) for arguments in enumerate([30, longest, 3])]
+    for number, thread in enumerate(threads):
+        thread.start()
+        wait_until(lambda number=number: order and len(vlm.engine._waiting) == number or len(order) > number)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert order == [0, 1, 2]
+
+
+def test_a_failed_sequence_gets_its_sentence_and_the_others_go_on(vlm, monkeypatch):
+    alone = vlm.generate(IMAGES[0], "caption en", max_new_tokens=20)
+    decode, prefill = vlm.model.decode, vlm.model.prefill
+
+    def run_out(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(vlm.model, "decode", lambda ids, *others: (run_out if len(ids) > 1 else decode)(ids, *others))
+    events = [vlm.stream(image, "caption en", max_new_tokens=20) for image in IMAGES[:2]]
+    first = next(events[0])
+    with pytest.raises(PaliGemmaError, match="memory of cpu is too small"):
+        list(events[1])
+    assert first.text + "".join(token.text for token in events[0]) == alone
+
+    monkeypatch.setattr(vlm.model, "prefill", run_out)
+    with pytest.raises(PaliGemmaError, match="memory of cpu is too small"):
+        vlm.generate(IMAGES[0], "caption en")
+    monkeypatch.setattr(vlm.model, "prefill", prefill)
+    assert vlm.generate(IMAGES[0], "caption en", max_new_tokens=20) == alone
+
+
+def test_the_thread_ends_with_the_model(long_winded):
+    vlm = paligemma.VisionLanguageModel(long_winded.model, long_winded.processor)
+    vlm.generate(IMAGES[0], "caption en", max_new_tokens=2)
+    (thread,) = vlm.engine._thread._threads
+    gone = weakref.ref(vlm.engine)
+    del vlm
+    gc.collect()
+    thread.join(timeout=20)
+    assert gone() is None
+    assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX's")
+def test_a_fork_of_the_process_answers_as_well(vlm):
+    expected = vlm.generate(IMAGES[0], "caption en", max_new_tokens=4)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+        os._exit(vlm.generate(IMAGES[0], "caption en", max_new_tokens=4) != expected)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_compiled_step_is_one_graph_a_bucket_and_never_compiled_again(vlm, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_graph = torch.compile
+    monkeypatch.setattr(
+        engine.torch, "compile", lambda function, mode, **others: compile_graph(function, backend=backend, **others)
+    )
+    expected = vlm.generate_batch(IMAGES, PROMPTS, max_new_tokens=20)
+    vlm = paligemma.VisionLanguageModel(vlm.model, vlm.processor)
+    vlm.engine.compile()
+    for _ in range(4):
+        assert vlm.generate_batch(IMAGES, PROMPTS, max_new_tokens=20) == expected
+    assert isinstance(vlm.engine, Engine)
+    assert len(graphs) <= 3  # for one, two and four rows

@@ -1,0 +1,150 @@
+"""What happens on the page and in its endpoints, without a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from paligemma import PaliGemmaError
+from paligemma.demo import handlers
+from paligemma.demo.serving import EMBEDDED, Models
+
+GREEDY = (64, 0, 0, 1, "")
+BOX = "<loc0256><loc0256><loc0768><loc0768>"
+
+
+@pytest.fixture
+def models(tiny):
+    return Models([None], lambda source, **_: tiny)
+
+
+@pytest.fixture
+def upload(tmp_path, monkeypatch):
+    """Put an example into the folder of uploads, as a visitor does; returns what `gr.Image` sends of it."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+
+    def put(name):
+        path = shutil.copy(EXAMPLES / name, tmp_path)
+        return {"path": str(path), "url": f"http://page/file={path}"}
+
+    return put
+
+
+def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny, upload):
+    image = upload("cats.png")
+    first, *steps, last = handlers.run(models, image, "detect cat\n\n caption en ", EMBEDDED, [], *GREEDY)
+    assert first == {"figure": "", "answers": "", "speed": "", "is_answered": False}
+    assert len([step for step in steps if step.get("figure")]) >= 2, "objects are drawn one after another"
+    answers = [(prompt, tiny.generate(image["path"], prompt)) for prompt in ("detect cat", "caption en")]
+    assert last["record"]["answers"] == answers
+    assert last["history"] == [last["record"]]
+    assert last["is_answered"]
+    assert answers[1][1] in steps[-1]["answers"]
+    assert steps[-1]["speed"].startswith("First token after")
+
+
+def test_history_is_the_latest_first_once_each_and_bounded(models, upload):
+    image, history = upload("cats.png"), []
+    questions = [f"answer en how many cats are there? {number}" for number in range(handlers.MAX_HISTORY)]
+    for prompt in ("caption en", "caption en", *questions):
+        *_, last = handlers.run(models, image, prompt, EMBEDDED, history, 1, *GREEDY[1:])
+        history = last["history"]
+    assert [handlers.prompts_of(record) for record in history] == questions[::-1]
+
+
+def test_an_earlier_answer_comes_back_and_can_be_saved(models, upload):
+    image = upload("cats.png")
+    width, height = Image.open(image["path"]).size
+    record = {**image, "size": (width, height), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
+    shown = handlers.show_again(models, 0, [record])
+    assert shown["prompt"] == "detect cat"
+    assert "cat</b>" in shown["answers"]
+    assert image["url"] in shown["figure"]
+    box = [width // 4, height // 4, 3 * width // 4, 3 * height // 4]
+    objects = json.loads(Path(handlers.save_objects(models, record)).read_text())
+    assert objects == [{"label": "cat", "box": box, "mask": None}]
+    assert Image.open(handlers.save_image(models, record)).size == (width, height)
+    Path(image["path"]).unlink()
+    for event in (handlers.save_image, handlers.save_objects):
+        with pytest.raises(PaliGemmaError, match="cats.png"):
+            event(models, record)
+
+
+@pytest.mark.parametrize(
+    ("typed", "seed"), [(None, None), ("", None), (" ", None), ("5", 5), (" 7 ", 7), (5, 5), ("-1", "-1"), ("x", "x")]
+)
+def test_a_seed_is_read_as_it_is_typed(typed, seed):
+    assert handlers.read_settings((64, 0, 0, 1, typed))["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("query", "fields"),
+    [
+        ({}, {}),
+        ({"prompt": "detect cat", "checkpoint": "a/b"}, {"prompt": "detect cat", "checkpoint": "a/b"}),
+        ({"prompt": "x" * 9000, "checkpoint": "another"}, {"prompt": "x" * handlers.MAX_LINK_CHARACTERS}),
+        (
+            {"max_new_tokens": "77", "temperature": "0.5", "top_k": "3", "top_p": "1", "seed": "5"},
+            {"max_new_tokens": 77, "temperature": 0.5, "top_k": 3, "top_p": 1, "seed": 5},
+        ),
+        *(
+            ({"seed": seed, "top_k": "3"}, {"top_k": 3})
+            for seed in ("inf", "nan", "1e400", str(2**64), "-1", "1.5", "")
+        ),
+        ({"max_new_tokens": "many", "temperature": "3", "top_p": "nan"}, {}),
+        ({"max_new_tokens": "-1", "top_k": "0.5", "top_p": "-inf", "x": "1"}, {}),
+    ],
+)
+def test_of_a_link_only_what_the_page_can_hold_is_taken(query, fields):
+    assert handlers.read_link(query, [EMBEDDED, "a/b"]) == fields
+
+
+def test_a_prompt_is_described_by_its_task_and_what_the_checkpoint_speaks():
+    assert handlers.describe_prompt("caption en", EMBEDDED)["has_language"] is False
+    described = handlers.describe_prompt("caption de", "a/b")
+    assert (described["task"], described["has_language"]) == ("Caption", True)
+    described = handlers.describe_prompt("is this a cat?", "a/b")
+    assert (described["task"], described["has_language"]) == (None, False)
+    assert "free question" in described["hint"]
+    assert handlers.choose_task("Caption", "de") == "caption de"
+
+
+def test_a_scene_is_a_new_image_each_time():
+    first, second = handlers.draw_scene(), handlers.draw_scene()
+    assert first.size == second.size == (handlers.SCENE_SIZE, handlers.SCENE_SIZE)
+    assert first.tobytes() != second.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (None, "There is no picture yet"),
+        ({"path": None, "url": "http://x/y.png"}, "There is no picture yet"),
+        ("cats.png", "The picture is not an uploaded file"),
+        (["cats.png"], "The picture is not an uploaded file"),
+        ({"path": 5}, "The picture is not an uploaded file"),
+        ({"path": "/etc/hostname"}, "The picture was not uploaded to this page"),
+        ({"path": "{folder}/../x.png"}, "The picture was not uploaded to this page"),
+        ({"path": "{folder}/a\0b.png"}, "The picture was not uploaded to this page"),
+        ({"path": "{folder}/missing.png"}, "missing.png"),
+        ({"path": "{folder}/" + "x" * 5000}, "xxx"),
+    ],
+)
+def test_an_image_that_cannot_be_opened_gets_one_sentence(models, image, sentence):
+    if isinstance(image, dict) and isinstance(image["path"], str):
+        image = {"path": image["path"].replace("{folder}", get_upload_folder())}
+    with pytest.raises(PaliGemmaError, match=sentence):
+        handlers.caption(models, image)
+
+
+@pytest.mark.parametrize("objects", [None, 5, ["cat"]])
+def test_what_to_find_must_be_a_text(models, objects):
+    for endpoint in (handlers.detect, handlers.segment):
+        with pytest.raises(PaliGemmaError, match="^objects is .*; please give a text"):
+            endpoint(models, {"path": "x"}, objects)
