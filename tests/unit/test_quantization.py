@@ -86,12 +86,15 @@ def test_a_layer_is_nearly_exact(channels, outputs, kind, bound):
     assert relative_error(layer(rows), rows @ weight.T) <= bound
 
 
-def test_a_row_gives_what_it_gives_among_others():
+@pytest.mark.parametrize("single_residual", [False, True])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_a_sequence_gives_what_it_gives_among_others(positions, single_residual):
     torch.manual_seed(0)
-    layer = random_layer(512, 256)
-    rows = torch.cat([rows_of("gaussian", 256, 3), rows_of("one giant", 256, 1), torch.zeros(1, 256)])
-    for row, output in zip(rows[:-1], layer(rows), strict=False):
-        torch.testing.assert_close(layer(row[None])[0], output, rtol=1e-4, atol=1e-3)
+    layer = random_layer(512, 256, single_residual=single_residual)
+    sequences = [rows_of(kind, 256, positions) for kind in ("gaussian", "one giant", "gaussian", "outliers")]
+    together = torch.stack([*sequences, torch.zeros(positions, 256)])
+    for sequence, output in zip(together, layer(together)):
+        torch.testing.assert_close(layer(sequence[None])[0], output, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +113,11 @@ def test_rows_with_a_residual_lose_little_by_rounding(kind, count, single_residu
     rows = rows_of(kind, 16384, count)
     exact = rotate(rows) @ (rounded * scale[:, None]).T
     layer = Int8Linear(pack(rounded, scale), single_residual=single_residual)
-    prepared = layer.prepare(rows)
+    prepared = layer.prepare(rows[None])
     chosen = [] if prepared.residual_rows is None else torch.arange(count)[prepared.residual_rows].tolist()
     assert chosen == expected
     without = layer.weight.multiply(prepared.steps[:count]) * prepared.step
-    for row, output in enumerate(layer(rows)):
+    for row, output in enumerate(layer(rows[None])[0]):
         error = relative_error(output, exact[row])
         if row in expected:
             assert error <= 0.01
