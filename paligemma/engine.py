@@ -70,7 +70,7 @@ class Engine:
         self._waiting: deque[TokenSequence] = deque()
         self._running: list[TokenSequence] = []
         self._step_seconds = self._last_step = 0.0
-        self._cache = self._make_cache(0, 0)
+        self._cache = self._no_cache()
 
     def compile(self) -> None:
         """Compile the decode step, as one graph for each bucket of rows and length; on CUDA these are CUDA graphs."""
@@ -146,17 +146,21 @@ class Engine:
             return False
         capacity = self._waiting[0].capacity
         if capacity > self._cache.capacity and not self._running:
-            self._cache = self._make_cache(0, 0)  # its memory goes before that of the next is taken
-            self._cache = self._make_cache(capacity, self.rows)
+            self._cache = self._no_cache()  # its memory goes before that of the next is taken
+            self._cache = self._make_cache(capacity)
         return capacity <= self._cache.capacity and len(self._running) < len(self._cache.lengths)
 
-    def _make_cache(self, capacity: int, rows: int) -> KVCache:
+    def _no_cache(self) -> KVCache:
+        # On `meta`, since on ZeroGPU the engine is made where no GPU is.
+        return KVCache(self.model.config.text, 0, 0, self.model.dtype, "meta")
+
+    def _make_cache(self, capacity: int) -> KVCache:
         """As many slots as fit into the bounds, each for `capacity` positions or the usual number of them."""
         text, dtype = self.model.config.text, self.model.dtype
         usual = self.model.config.vision.num_patches + TEXT_POSITIONS
-        capacity = min(max(capacity, usual), text.max_position_embeddings) if rows else 0
+        capacity = min(max(capacity, usual), text.max_position_embeddings)
         position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
-        slots = max(1, min(rows, MAX_CACHE_BYTES // (position * capacity))) if rows else 0
+        slots = max(1, min(self.rows, MAX_CACHE_BYTES // (position * capacity)))
         cache = KVCache(text, slots, capacity, dtype, self.model.device)
         if self._compiled_decode is not None:
             cache.mark_static()
