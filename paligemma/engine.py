@@ -153,7 +153,8 @@ class Engine:
         capacity = min(max(capacity, usual), text.max_position_embeddings) if rows else 0
         position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
         slots = max(1, min(rows, MAX_CACHE_BYTES // (position * capacity))) if rows else 0
-        cache = KVCache(text, slots, capacity, dtype, self.model.device)
+        # What is on a GPU before there is any sequence would travel to each process of ZeroGPU.
+        cache = KVCache(text, slots, capacity, dtype, self.model.device if rows else torch.device("cpu"))
         if self._compiled_decode is not None:
             cache.mark_static()
         return cache

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import gradio as gr
 from pydantic import ValidationError
 
+from .streaming import Answerings
+
 if TYPE_CHECKING:
     import fastapi
     from gradio.data_classes import PredictBodyInternal
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 
 class Page(gr.Blocks):
     """Blocks whose calls with values that no handler gets to see, and those beyond the queue, end with a sentence."""
+
+    def __init__(self, title: str, delete_cache: tuple[int, int]):
+        super().__init__(title=title, delete_cache=delete_cache)
+        self.answerings = Answerings()
 
     async def preprocess_data(self, *arguments: object, **keywords: object) -> list[object]:
         """Check and convert the values of a call; an error other than `gr.Error` would reach clients as null."""
@@ -37,7 +43,7 @@ class Page(gr.Blocks):
         inside the page.
         """
         queue = self.queue(default_concurrency_limit=1)._queue
-        push = queue.push
+        push, clean = queue.push, queue.clean_events
 
         def refuse() -> None:
             times = queue.process_time_per_fn.values()
@@ -55,4 +61,8 @@ class Page(gr.Blocks):
                 body.fn_index = refusal["id"]
             return await push(body, request, username)
 
-        queue.push = push_or_refuse
+        async def clean_and_stop(*, session_hash: str | None = None, event_id: str | None = None) -> None:
+            await clean(session_hash=session_hash, event_id=event_id)
+            self.answerings.stop(session_hash or "")  # Gradio itself waits for the next token
+
+        queue.push, queue.clean_events = push_or_refuse, clean_and_stop

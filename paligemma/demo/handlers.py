@@ -109,6 +109,8 @@ def run(
             drawn = objects
             step["figure"] = _figure(record, objects)
         yield step
+    if not any(answer.text or answer.is_finished for answer in answers):
+        return  # stopped before it began
     record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
     history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
     yield {"record": record, "history": history, "is_answered": True}
