@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # else it keeps 10,000, and sums them up after each
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
+from starlette.middleware import Middleware
 
 import paligemma
 from paligemma.demo import handlers, rendering
-from paligemma.demo.blocks import Page
+from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Models, load_checkpoint
 from paligemma.demo.theme import THEME
@@ -35,7 +37,10 @@ from paligemma.prompts import ENGLISH, LANGUAGES, TASKS
 
 TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
-MAX_QUEUE_LENGTH = 100
+MAX_QUEUE_LENGTH = 128
+MAX_CLIENT_SHARE = 64  # of the queue, for one address
+MAX_SESSIONS = 500  # whose answers can be chosen again; each takes about 0.1 MB
+MAX_BODY_LENGTH = 128_000  # bytes
 FILES_KEPT_SECONDS = 3600
 LAST_ANSWERS_SECONDS = 60  # for what streams when the server is asked to end
 
@@ -53,6 +58,8 @@ LAUNCH_SETTINGS: dict[str, Any] = {
     "css": rendering.linking_css(),
     "css_paths": DEMO_FOLDER / "page.css",
     "max_file_size": MAX_FILE_SIZE,
+    "state_session_capacity": MAX_SESSIONS,
+    "app_kwargs": {"middleware": [Middleware(BodyLimit, length=MAX_BODY_LENGTH)]},
     "ssr_mode": False,
 }
 # The browser's part: it has the clipboard, its own address, and the files that were made for it.
@@ -212,7 +219,7 @@ def build_page(models: Models) -> gr.Blocks:
         )
         page.load(open_link, None, [prompt, checkpoint, *settings], **AT_ONCE)
         _add_endpoints(page, models, prompt, settings)
-        page.limit_queue(MAX_QUEUE_LENGTH)
+        page.limit_queue(MAX_QUEUE_LENGTH, MAX_CLIENT_SHARE)
     return page
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from gradio.context import LocalContext
 from gradio.queueing import Event, Queue
+from gradio.server_messages import ProcessCompletedMessage
 
 from .serving import ON_STOP
 
 MAX_UNREAD = 8  # messages to a client, before its answers wait for it
 UNREAD_SECONDS = 30  # after so long without reading anything, at most twice as long, a client is gone
 READ_AGAIN_SECONDS = 0.05
+UNREAD = {"error": "Nobody has read this answer for a while, so it was given up; please ask again."}
 _END: Any = object()
 
 _threads = ThreadPoolExecutor(max_workers=256, thread_name_prefix="answers")  # most of them wait, if there are many
@@ -59,6 +61,7 @@ class Answerings:
     """The answers that a page is making, by session."""
 
     def __init__(self) -> None:
+        self._forgetting: asyncio.Task | None = None
         self._under_way: defaultdict[str, set[Answering]] = defaultdict(set)
 
     async def stream(self, steps: Generator[Any, None, None]) -> AsyncGenerator[Any, None]:
@@ -84,11 +87,19 @@ class Answerings:
             self._under_way[session].discard(answering)
             if not self._under_way[session]:
                 del self._under_way[session]
+            if session == event._id:  # a program that gave no session: nobody can come back to it
+                blocks.state_holder.session_data.pop(session, None)
+                blocks.state_holder.time_last_used.pop(session, None)
 
     def stop(self, session: str) -> None:
         """Compute no further token for a session."""
         for answering in self._under_way.get(session, ()):
             answering.stop()
+
+    def forget_unread(self, queue: Queue) -> None:
+        """From now on, give up answers that nobody reads."""
+        if self._forgetting is None:
+            self._forgetting = asyncio.create_task(_forget_unread(queue))
 
     async def wait(self, session: str) -> None:
         """Wait until a session's answers are sent."""
@@ -104,3 +115,24 @@ async def _is_read(queue: Queue, event: Event) -> bool:
             return messages is not None
         await asyncio.sleep(READ_AGAIN_SECONDS)
     return False
+
+
+async def _forget_unread(queue: Queue) -> None:
+    """Again and again, put a sentence in the place of messages of which not one was read since the last time."""
+    oldest: dict[str, Any] = {}
+    while not queue.stopped:
+        await asyncio.sleep(UNREAD_SECONDS)
+        sessions = queue.pending_messages_per_session
+        before = oldest
+        oldest = {session: messages._queue[0] for session, messages in sessions.items() if messages.qsize()}
+        for session, message in oldest.items():
+            if before.get(session) is message and getattr(message, "output", None) != UNREAD:
+                events = set(queue.pending_event_ids_session.get(session, ()))
+                await queue.clean_events(session_hash=session)
+                queue.pending_event_ids_session[session] = events
+                sessions[session] = asyncio.Queue()
+                for event in events:
+                    sessions[session].put_nowait(ProcessCompletedMessage(event_id=event, output=UNREAD, success=False))
+        # Gradio keeps those of all sessions that there ever were.
+        for session in [session for session in queue.pending_event_ids_session if session not in sessions]:
+            del queue.pending_event_ids_session[session]
