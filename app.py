@@ -12,21 +12,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial, update_wrapper
 from html import escape
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # else it keeps 10,000, and sums them up after each
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
+from starlette.middleware import Middleware
 
 import paligemma
 from paligemma.demo import handlers, rendering
-from paligemma.demo.blocks import Page
+from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Models, load_checkpoint
 from paligemma.demo.theme import THEME
@@ -35,7 +37,10 @@ from paligemma.prompts import ENGLISH, LANGUAGES, TASKS
 
 TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
-MAX_QUEUE_LENGTH = 100
+MAX_QUEUE_LENGTH = 128
+MAX_CLIENT_SHARE = 64  # of the queue, for one address
+MAX_SESSIONS = 500  # whose answers can be chosen again; each takes about 0.1 MB
+MAX_BODY_LENGTH = 128_000  # bytes
 FILES_KEPT_SECONDS = 3600
 LAST_ANSWERS_SECONDS = 60  # for what streams when the server is asked to end
 
@@ -53,6 +58,8 @@ LAUNCH_SETTINGS: dict[str, Any] = {
     "css": rendering.linking_css(),
     "css_paths": DEMO_FOLDER / "page.css",
     "max_file_size": MAX_FILE_SIZE,
+    "state_session_capacity": MAX_SESSIONS,
+    "app_kwargs": {"middleware": [Middleware(BodyLimit, length=MAX_BODY_LENGTH)]},
     "ssr_mode": False,
 }
 # The browser's part: it has the clipboard, its own address, and the files that were made for it.
@@ -159,8 +166,12 @@ def build_page(models: Models) -> gr.Blocks:
         def open_link(request: gr.Request) -> dict[Block, Any]:
             return show(handlers.read_link(request.query_params, models.names))
 
-        on_page = partial(_event, show=show, write=escape)
-        to_file = partial(_event, show=downloadable, write=escape)
+        async def stop_answers(request: gr.Request) -> None:
+            page.answerings.stop(str(request.session_hash))
+            await page.answerings.wait(str(request.session_hash))
+
+        on_page = partial(_event, page, show=show, write=escape)
+        to_file = partial(_event, page, show=downloadable, write=escape)
 
         # --- what is pressed
 
@@ -175,7 +186,9 @@ def build_page(models: Models) -> gr.Blocks:
             show_progress_on=answers,  # the place in the queue shows where the answer will be
             **TOGETHER,
         )
-        stop.click(None, cancels=[running], api_visibility="private")
+        # What was answered so far stays; who is not being answered yet leaves the queue.
+        stopped = stop.click(stop_answers, **AT_ONCE)
+        stopped.then(None, cancels=[running], api_visibility="private")
         draw.click(handlers.draw_scene, None, image, **AT_ONCE)
         gr.on([task.input, language.input], handlers.choose_task, [task, language], prompt, **AT_ONCE)
         gr.on(
@@ -205,8 +218,8 @@ def build_page(models: Models) -> gr.Blocks:
             **AT_ONCE,
         )
         page.load(open_link, None, [prompt, checkpoint, *settings], **AT_ONCE)
-        _add_endpoints(models, prompt, settings)
-        page.limit_queue(MAX_QUEUE_LENGTH)
+        _add_endpoints(page, models, prompt, settings)
+        page.limit_queue(MAX_QUEUE_LENGTH, MAX_CLIENT_SHARE)
     return page
 
 
@@ -223,7 +236,7 @@ def _settings(checkpoints: list[str]) -> tuple[gr.Dropdown, list[Component]]:
         return checkpoint, [*sliders, gr.Textbox(label=seed.label, max_lines=1, max_length=19, elem_id=seed.name)]
 
 
-def _add_endpoints(models: Models, prompt: gr.Textbox, settings: list[Component]) -> None:
+def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: list[Component]) -> None:
     """The endpoints for programs and agents, each named and described as its handler is."""
     with gr.Row(visible=False):
         call = gr.Button()
@@ -240,10 +253,14 @@ def _add_endpoints(models: Models, prompt: gr.Textbox, settings: list[Component]
         (handlers.detect, [image, kinds], [marked, objects]),
         (handlers.segment, [image, kinds], [marked, objects]),
     ):
-        call.click(_event(handler, models), inputs, outputs, preprocess=False, api_name=handler.__name__, **TOGETHER)
+        call.click(
+            _event(page, handler, models), inputs, outputs, preprocess=False, api_name=handler.__name__, **TOGETHER
+        )
 
 
-def _event(handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str) -> Callable:
+def _event(
+    page: Page, handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str
+) -> Callable:
     """A handler as Gradio calls it, with its first arguments given and its errors as Gradio's.
 
     Args:
@@ -263,9 +280,11 @@ def _event(handler: Callable, *given: object, show: Callable = lambda shown: sho
         with sentences():
             return show(call(*values))
 
-    def stream(*values: object) -> Iterator[object]:
+    async def stream(*values: object) -> AsyncIterator[object]:
         with sentences():
-            yield from map(show, call(*values))
+            async with aclosing(page.answerings.stream(call(*values))) as steps:
+                async for step in steps:
+                    yield show(step)
 
     called = stream if inspect.isgeneratorfunction(handler) else event
     called.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]  # Gradio reads it

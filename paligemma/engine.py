@@ -25,7 +25,7 @@ from .config import PaliGemmaError
 from .hardware import lack_of_memory
 from .kv_cache import KVCache
 from .model import PaliGemma
-from .sequence import TokenSequence
+from .sequence import Closed, TokenSequence
 
 # Between two steps of the others, a prefill may take as long as this many of these steps: who is running then waits at
 # most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
@@ -40,10 +40,6 @@ NOT_FINITE = (
     "checkpoint again."
 )
 SMALLEST_COMPILED_LIMIT = 512  # positions; the larger ones double
-
-
-class Closed(Exception):
-    """Ends a prefill whose sequence nobody waits for any more."""
 
 
 class Engine:

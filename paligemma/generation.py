@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypedDict, Unpack
@@ -67,7 +67,7 @@ class Answer:
     def __next__(self) -> Token:
         if self._events is None:
             self._engine.submit(self._sequence)
-            self._events = read(self._sequence.events, 1)
+            self._events = read(self._sequence.events, [self._sequence])
         _, event = next(self._events)
         if event is None:
             raise StopIteration
@@ -77,6 +77,39 @@ class Answer:
         """Free its place; there are no more tokens."""
         self._sequence.close()
         self._events = iter(())
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AnswerBatch:
+    """Answers that are made together: an iterator of each token with its prompt's number, and of None where one ends.
+
+    Closing it, from whatever thread, ends the work within one token; a thread that waits for the next one has no more.
+    """
+
+    def __init__(self, engine: Engine, sequences: Sequence[TokenSequence], events: Events, processor: Processor):
+        self._engine, self._sequences = engine, sequences
+        self._texts = {sequence: (number, processor.text_stream()) for number, sequence in enumerate(sequences)}
+        self._events = read(events, sequences)
+        self._is_submitted = False
+
+    def __iter__(self) -> AnswerBatch:
+        return self
+
+    def __next__(self) -> tuple[int, Token | None]:
+        if not self._is_submitted:
+            self._is_submitted = True
+            for sequence in self._sequences:
+                self._engine.submit(sequence)
+        sequence, event = next(self._events)
+        number, text = self._texts[sequence]
+        return number, None if event is None else _token(event, text)
+
+    def close(self) -> None:
+        """Free their places; there are no more tokens."""
+        for sequence in self._sequences:
+            sequence.close()
 
     def __del__(self) -> None:
         self.close()
@@ -136,10 +169,10 @@ class VisionLanguageModel:
 
     def stream_batch(
         self, images: Sequence[ImageSource], prompts: Sequence[str], **settings: Unpack[Settings]
-    ) -> Generator[tuple[int, Token | None], None, None]:
-        """Answer prompts together: yield each token with its prompt's number, as they come, and None where an answer ends.
+    ) -> AnswerBatch:
+        """Answer prompts together: each token comes with its prompt's number, and None where an answer ends.
 
-        All arguments are checked at the call. Closing the iterator ends the work.
+        All arguments are checked at the call.
 
         Raises:
             PaliGemmaError: as `stream`, or there are not as many images as prompts.
@@ -151,7 +184,7 @@ class VisionLanguageModel:
         events: Events = SimpleQueue()
         seen: dict[int, Tensor] = {}
         sequences = [self._sequence(image, seen, events, prompt, **settings) for image, prompt in zip(images, prompts)]
-        return self._read_batch(events, sequences)
+        return AnswerBatch(self.engine, sequences, events, self.processor)
 
     def generate(self, image: ImageSource, prompt: str, **settings: Unpack[Settings]) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
@@ -176,20 +209,6 @@ class VisionLanguageModel:
         if self.mask_decoder is None:
             return None
         return self.mask_decoder(torch.tensor([list(codes)]))[0].numpy()
-
-    def _read_batch(
-        self, events: Events, sequences: list[TokenSequence]
-    ) -> Generator[tuple[int, Token | None], None, None]:
-        texts = {sequence: (number, self.processor.text_stream()) for number, sequence in enumerate(sequences)}
-        try:
-            for sequence in sequences:
-                self.engine.submit(sequence)
-            for sequence, event in read(events, len(sequences)):
-                number, text = texts[sequence]
-                yield number, None if event is None else _token(event, text)
-        finally:
-            for sequence in sequences:
-                sequence.close()
 
     def _sequence(
         self,

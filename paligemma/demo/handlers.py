@@ -76,6 +76,7 @@ LINK_FIELDS = ("prompt", "checkpoint", *(setting.name for setting in SETTINGS))
 # An answer of this visit: `path`, `url` and `size` (width, height) of its image, `checkpoint`, and `answers`, pairs of
 # a prompt and the text that answers it.
 Record = dict[str, Any]
+_Found = tuple[Image.Image | None, list[dict[str, object]]]
 
 
 def run(
@@ -109,6 +110,8 @@ def run(
             drawn = objects
             step["figure"] = _figure(record, objects)
         yield step
+    if not any(answer.text or answer.is_finished for answer in answers):
+        return  # stopped before it began
     record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
     history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
     yield {"record": record, "history": history, "is_answered": True}
@@ -234,7 +237,7 @@ def generate(
     top_p: float = 1,
     seed: int | None = None,
 ) -> Iterator[tuple[str, list[dict[str, object]]]]:
-    """Answer a prompt about a picture; streams the text so far.
+    """Answer a prompt about a picture; streams the text so far, and the objects so far, with their masks at the end.
 
     Args:
         image: the picture
@@ -248,56 +251,59 @@ def generate(
     """
     opened, _ = open_upload(image)
     settings = read_settings((max_new_tokens, temperature, top_k, top_p, seed))
-    known: list[rendering.MarkedObject] | None = None
+    text, objects = "", list[rendering.MarkedObject]()
     for status, answers, objects in _answer(models, models.names[0], opened, prompt, settings):
-        if status:
-            continue
-        if objects is not known:
-            known, in_json = objects, rendering.to_json(objects, opened.size)
-        yield "\n".join(answer.text for answer in answers), in_json
+        if not status:
+            text = "\n".join(answer.text for answer in answers)
+            yield text, rendering.to_json(objects, opened.size, with_masks=False)
+    if any(marked.mask is not None for marked in objects):
+        yield text, rendering.to_json(objects, opened.size)
 
 
-def caption(models: Models, image: object, language: str = ENGLISH) -> str:
-    """Describe a picture in a sentence.
+def caption(models: Models, image: object, language: str = ENGLISH) -> Iterator[str]:
+    """Describe a picture in a sentence; streams the text so far.
 
     Args:
         image: the picture
         language: code of the language to answer in, such as `en`; the embedded checkpoint knows only that one
     """
-    *_, (text, _) = generate(models, image, f"caption {language}")
-    return text
+    for text, _ in generate(models, image, f"caption {language}"):
+        yield text
 
 
-def detect(models: Models, image: object, objects: str) -> tuple[Image.Image, list[dict[str, object]]]:
-    """Find all objects of some kinds in a picture, with their boxes.
-
-    Args:
-        image: the picture
-        objects: what to find: `cat`, or several kinds: `cat ; dog`
-    """
-    return _find_objects(models, image, objects, detect_prompt)
-
-
-def segment(models: Models, image: object, objects: str) -> tuple[Image.Image, list[dict[str, object]]]:
-    """Find all objects of some kinds in a picture, with their masks.
+def detect(models: Models, image: object, objects: str) -> Iterator[_Found]:
+    """Find all objects of some kinds in a picture, with their boxes; streams those so far, and the picture at the end.
 
     Args:
         image: the picture
         objects: what to find: `cat`, or several kinds: `cat ; dog`
     """
-    return _find_objects(models, image, objects, segment_prompt)
+    yield from _find_objects(models, image, objects, detect_prompt)
 
 
-def _find_objects(
-    models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]
-) -> tuple[Image.Image, list[dict[str, object]]]:
-    """The image with what was found drawn on it, and the objects, see `rendering.to_json`."""
+def segment(models: Models, image: object, objects: str) -> Iterator[_Found]:
+    """Find all objects of some kinds in a picture, with their masks; streams those so far, and picture and masks at the end.
+
+    Args:
+        image: the picture
+        objects: what to find: `cat`, or several kinds: `cat ; dog`
+    """
+    yield from _find_objects(models, image, objects, segment_prompt)
+
+
+def _find_objects(models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]) -> Iterator[_Found]:
+    """Yield the objects so far, when there are more, then the image with all drawn on it; see `rendering.to_json`."""
     if not isinstance(kinds, str):
         raise PaliGemmaError(f"objects is {kinds}; please give a text such as “cat” or “cat ; dog”.")
     opened, _ = open_upload(image)
     settings = {"max_new_tokens": MAX_NEW_TOKENS}
-    *_, (_, _, objects) = _answer(models, models.names[0], opened, to_prompt(kinds), settings)
-    return rendering.draw(opened, objects), rendering.to_json(objects, opened.size)
+    known: list[rendering.MarkedObject] = []
+    objects = known
+    for _, _, objects in _answer(models, models.names[0], opened, to_prompt(kinds), settings):
+        if len(objects) != len(known):
+            known = objects
+            yield None, rendering.to_json(objects, opened.size, with_masks=False)
+    yield rendering.draw(opened, objects), rendering.to_json(objects, opened.size)
 
 
 # --- what they share
@@ -340,10 +346,11 @@ def _answer(
         _check_limits(vlm, prompts, settings["max_new_tokens"])
         detections: list[Detection] = []
         objects: list[rendering.MarkedObject] = []
+        masks = rendering.MaskCache(vlm.decode_mask)
         for answers in models.answer(checkpoint, image, prompts, settings):
             found = _detections(answers)
             if found != detections:
-                detections, objects = found, rendering.mark_objects(found, vlm.decode_mask)
+                detections, objects = found, rendering.mark_objects(found, masks)
             yield "", answers, objects
 
 
@@ -372,7 +379,7 @@ def _read_again(models: Models, record: Record) -> tuple[list[Answer], list[rend
     answers = [Answer.of(prompt, text) for prompt, text in record["answers"]]
     # A checkpoint that was unloaded meanwhile is not loaded for this: its masks are drawn as boxes.
     vlm = models.loaded(record["checkpoint"])
-    return answers, rendering.mark_objects(_detections(answers), vlm.decode_mask if vlm else None)
+    return answers, rendering.mark_objects(_detections(answers), rendering.MaskCache(vlm.decode_mask if vlm else None))
 
 
 def _figure(record: Record, objects: Sequence[rendering.MarkedObject]) -> str:

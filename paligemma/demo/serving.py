@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -21,11 +22,14 @@ from ..prompts import task_of
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
 
-_Answering = Callable[..., Iterator["list[Answer] | PaliGemmaError"]]
+_Answering = Callable[..., Generator["list[Answer] | PaliGemmaError", None, None]]
 
 EMBEDDED = "embedded"
 STATUS_SECONDS = 0.5  # between two reports of how far the loading is
 FREE_QUESTION = "question"
+
+# What to call, from whatever thread, to end the answer that is made in this context.
+ON_STOP: ContextVar[list[Callable[[], None]]] = ContextVar("ON_STOP")
 
 log = logging.getLogger(__name__)
 
@@ -166,14 +170,19 @@ class Models:
         self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer]]:
         """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
-        for answers in self._answering(name, image, prompts, settings):
-            if isinstance(answers, PaliGemmaError):
-                raise answers
-            yield answers
+        is_stopped = Event()  # for ZeroGPU, where the tokens are computed in another process
+        ON_STOP.get([]).append(is_stopped.set)
+        with closing(self._answering(name, image, prompts, settings)) as steps:
+            for answers in steps:
+                if isinstance(answers, PaliGemmaError):
+                    raise answers
+                yield answers
+                if is_stopped.is_set():
+                    return
 
     def _answers_or_error(
         self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
-    ) -> Iterator[list[Answer] | PaliGemmaError]:
+    ) -> Generator[list[Answer] | PaliGemmaError, None, None]:
         """Yield what `answer_prompts` yields, and an error that a caller can act on as the last value.
 
         On ZeroGPU this runs in a fork, from which values come back whole, but of exceptions only their class. It takes
@@ -293,6 +302,7 @@ def answer_prompts(
     """
     tokens = vlm.stream_batch([image] * len(prompts), prompts, **settings)
     answers = [Answer(prompt) for prompt in prompts]
+    ON_STOP.get([]).append(tokens.close)
     start, outcome = time.perf_counter(), "stopped"
     try:
         yield answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import re
 import subprocess
@@ -21,6 +22,10 @@ from PIL import Image
 
 import app
 from paligemma.annotations import find_detections
+from paligemma.demo import streaming
+from paligemma.demo.blocks import Page
+from paligemma.demo.streaming import MAX_UNREAD
+from paligemma.sequence import MAX_AHEAD
 
 PICTURE = EXAMPLES / "picnic.png"
 JAVASCRIPT_CLIENT = "@gradio/client@2.7.0"
@@ -149,6 +154,69 @@ def test_beyond_the_queue_a_sentence_says_when_to_come_again(serve, watched, bro
     tab.close()
     for job in jobs:
         job.cancel()
+
+
+def test_one_client_cannot_fill_the_queue(serve, watched, monkeypatch):
+    monkeypatch.setattr(app, "MAX_CLIENT_SHARE", 2)
+    monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
+    address = serve(watched)
+    values = [{"path": uploaded_path(address)}, "caption en", 8, 0, 0, 1, None]
+    posted = [httpx.post(f"{address}gradio_api/call/generate", json={"data": values}) for _ in range(4)]
+    time.sleep(0.5)
+    assert {answer.status_code for answer in posted} == {200}
+    sentence = "2 questions from your address are waiting already; please ask again when they are answered."
+    assert error_of_call(address, values) == sentence
+    elsewhere = {"x-forwarded-for": "8.8.8.8"}
+    event = httpx.post(f"{address}gradio_api/call/generate", json={"data": values}, headers=elsewhere).json()
+    stream = httpx.get(f"{address}gradio_api/call/generate/{event['event_id']}", timeout=60).text
+    assert "event: complete" in stream
+
+
+def test_an_answer_that_nobody_reads_waits_for_its_reader(serve, watched, monkeypatch):
+    monkeypatch.setattr(watched, "STEP_SECONDS", 0.02)
+    address = serve(watched)
+    before = watched.tokens
+    values = [{"path": uploaded_path(address)}, "caption en", 100, 0, 0, 1, None]
+    event = httpx.post(f"{address}gradio_api/call/generate", json={"data": values}).json()["event_id"]
+    wait_until(lambda: watched.tokens > before)
+    time.sleep(2)
+    assert watched.tokens - before <= MAX_UNREAD + MAX_AHEAD + 1
+    stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=60).text
+    assert stream.count("event: generating") >= 100
+    assert "event: complete" in stream
+
+
+def test_an_answer_that_nobody_reads_for_long_is_given_up(serve, watched, monkeypatch):
+    monkeypatch.setattr(streaming, "UNREAD_SECONDS", 1)
+    address = serve(watched)
+    values = [{"path": uploaded_path(address)}, "caption en", 250, 0, 0, 1, None]
+    event = httpx.post(f"{address}gradio_api/call/generate", json={"data": values}).json()["event_id"]
+    wait_until(lambda: watched.engine._running)
+    wait_until(lambda: not watched.engine._running, seconds=5)
+    stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=20).text
+    assert stream.startswith("event: error")
+    assert "please ask again" in stream
+
+
+def test_a_call_that_is_too_long_gets_one_sentence(page_address):
+    sentence = "This request is longer than 128 kB; please upload files, shorten texts."
+    data = json.dumps({"data": [{"path": "x"}, "a" * 200_000, 8, 0, 0, 1, None]}).encode()
+    for content in (data, iter([data])):
+        answer = httpx.post(
+            f"{page_address}gradio_api/call/generate", content=content, headers={"content-type": "application/json"}
+        )
+        assert (answer.status_code, answer.json()["detail"]) == (413, sentence)
+
+
+def test_of_a_program_s_call_nothing_stays_on_the_server(serve, tiny):
+    address = serve(tiny)
+    (page,) = [one for one in gc.get_objects() if isinstance(one, Page) and one.local_url == address]
+    path, sessions = uploaded_path(address), page.state_holder.session_data
+    for name, values in (("caption", ["en"]), ("segment", ["cat"])):
+        event = httpx.post(f"{address}gradio_api/call/{name}", json={"data": [{"path": path}, *values]}).json()
+        httpx.get(f"{address}gradio_api/call/{name}/{event['event_id']}", timeout=20)
+    wait_until(lambda: not sessions)
+    assert not page.answerings._under_way
 
 
 @pytest.fixture(scope="session")

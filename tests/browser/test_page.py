@@ -284,7 +284,7 @@ def test_a_new_scene_is_drawn_and_answered(open_page, page_address):
     assert answer_in(tab)
 
 
-def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded_address, watched):
+def test_the_text_grows_and_stop_ends_it_within_one_token_and_keeps_it(open_page, long_winded_address, watched):
     tab = open_page(long_winded_address)
     upload(tab, PICTURE)
     set_max_new_tokens(tab, 250)
@@ -296,6 +296,10 @@ def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded
     assert kept
     tab.wait_for_timeout(500)
     assert answer_in(tab) == kept
+    expect(tab.locator("#history").get_by_text("caption en")).to_be_visible()
+    expect(tab.locator("#copy")).to_be_visible()
+    tab.locator("#history").get_by_text("caption en").click()
+    wait_until(lambda: answer_in(tab) == kept, tab=tab)
 
 
 def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, serve, watched, monkeypatch):

@@ -140,11 +140,11 @@ def test_an_image_that_cannot_be_opened_gets_one_sentence(models, image, sentenc
     if isinstance(image, dict) and isinstance(image["path"], str):
         image = {"path": image["path"].replace("{folder}", get_upload_folder())}
     with pytest.raises(PaliGemmaError, match=sentence):
-        handlers.caption(models, image)
+        next(handlers.caption(models, image))
 
 
 @pytest.mark.parametrize("objects", [None, 5, ["cat"]])
 def test_what_to_find_must_be_a_text(models, objects):
     for endpoint in (handlers.detect, handlers.segment):
         with pytest.raises(PaliGemmaError, match="^objects is .*; please give a text"):
-            endpoint(models, {"path": "x"}, objects)
+            next(endpoint(models, {"path": "x"}, objects))
