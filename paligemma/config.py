@@ -70,7 +70,7 @@ class TextConfig:
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    query_pre_attn_scalar: float | None = None
+    query_pre_attn_scalar: int | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
@@ -100,7 +100,7 @@ LEFT_OUT_TEXT = {
         intermediate_size=9216,
         num_hidden_layers=26,
         num_key_value_heads=4,
-        query_pre_attn_scalar=256.0,
+        query_pre_attn_scalar=256,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
         sliding_window=4096,

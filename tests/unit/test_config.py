@@ -11,7 +11,7 @@ from random_checkpoints import VOCABULARY, make_reference, save_reference
 
 import paligemma
 from paligemma import PaliGemmaError
-from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
+from paligemma.config import LEFT_OUT_TEXT, PaliGemmaConfig, TextConfig, VisionConfig
 
 VISION = {
     "hidden_size": 32,
@@ -192,10 +192,14 @@ def test_end_tokens_of_the_generation_config_count(tmp_path, there):
     assert PaliGemmaConfig.from_file(tmp_path / "config.json").eos_token_ids == (there.get("eos_token_id", 1),)
 
 
-def test_written_config_is_read_back():
-    for text in (TextConfig(rope_theta=500.0), TextConfig("gemma2", query_pre_attn_scalar=256.0, sliding_window=8)):
-        config = PaliGemmaConfig(VisionConfig(hidden_act="gelu"), text, eos_token_ids=(1, 107))
-        assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+@pytest.mark.parametrize("text", [TextConfig(rope_theta=500.0), LEFT_OUT_TEXT["gemma2"]], ids=["gemma", "gemma2"])
+def test_written_config_is_read_back_and_read_by_transformers(text):
+    config = PaliGemmaConfig(VisionConfig(hidden_act="gelu"), text, image_token_id=999, eos_token_ids=(1, 107))
+    assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+    theirs = transformers.PaliGemmaConfig.from_dict(config.to_dict()).text_config
+    assert theirs.rope_parameters["rope_theta"] == text.rope_theta
+    for name in set(text.__dataclass_fields__) - {"rope_theta"}:
+        assert getattr(theirs, name, None) == getattr(text, name), name
 
 
 def test_image_token_of_the_tokenizer_counts_in_the_loaded_checkpoint(tmp_path):
