@@ -128,6 +128,28 @@ def test_greedy_tokens_equal_generate(load_both, family, seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@torch.no_grad()
+def test_several_images_before_a_prompt_equal_the_reference(load_both, family, count):
+    reference, vlm = load_both(family=family, kv_heads=2, image_size=28, std=0.2)
+    images, prompt = [random_image(seed) for seed in range(count)], "answer en which is larger?"
+    input_ids = torch.tensor([vlm.processor.input_ids(prompt, count)])
+    pixel_values = torch.cat([vlm.processor.pixel_values(image) for image in images])
+    inputs = {
+        "input_ids": input_ids,
+        "pixel_values": pixel_values,
+        "attention_mask": torch.ones_like(input_ids),
+        "token_type_ids": torch.zeros_like(input_ids),
+    }
+    logits = vlm.model(pixel_values[None], input_ids)
+    assert (logits - reference(**inputs).logits).abs().max() <= LOGITS_BOUND
+    expected = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0, input_ids.shape[1] :].tolist()
+    ours = [token.id for token in vlm.stream(images, "<image>" * count + prompt, max_new_tokens=12)]
+    assert ours == [token_id for token_id in expected if token_id not in vlm.config.eos_token_ids]
+    assert len(set(ours)) > 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_equal_the_reference(load_both, family):
     reference, vlm = load_both(family=family, kv_heads=2, std=0.1, sliding_window=4)
     model = vlm.model.requires_grad_(True)
