@@ -277,6 +277,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("paligemma").setLevel(logging.INFO)
     loading = {"device": arguments.device or None, "dtype": arguments.dtype or "auto", "compile": arguments.compile}
+    loading["tokenizer"] = arguments.tokenizer or None
     sources = [None if source == EMBEDDED else source for source in arguments.sources]
     models = Models(sources, partial(load_checkpoint, settings=loading), borrow_gpu=borrow_gpu)
     if IS_ZERO_GPU:
@@ -324,6 +325,7 @@ def _parse_arguments() -> argparse.Namespace:
     add("models", f"several of them, with commas between, for a menu; `{EMBEDDED}` is the small one that ships inside")
     add("device", "cpu, cuda or mps")
     add("dtype", "auto, float32, bfloat16, float16 or int8 (x86 CPUs)")
+    add("tokenizer", "a tokenizer.json, or a folder that holds one, for all checkpoints but the embedded one")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step (CUDA)")
     parser.add_argument("--host", help="address to listen on, such as 0.0.0.0")
     parser.add_argument("--port", type=int)

@@ -33,10 +33,14 @@ log = logging.getLogger(__name__)
 def load_checkpoint(
     source: str | None, settings: dict[str, Any], **callbacks: Callable[..., None]
 ) -> VisionLanguageModel:
-    """`paligemma.load`, imported when it is called, since it brings torch: a page can be served before."""
+    """`paligemma.load`, imported when it is called, since it brings torch: a page can be served before.
+
+    A tokenizer among the settings is not for the embedded checkpoint, which has its own.
+    """
     import paligemma
 
-    return paligemma.load(source, **(settings | callbacks))
+    own = {"tokenizer": None} if source is None else {}
+    return paligemma.load(source, **(settings | own | callbacks))
 
 
 @dataclass
