@@ -48,6 +48,10 @@ EXAMPLES = [
     ["sign.png", "ocr"],
 ]
 NOTHING_YET = '<p class="nothing-yet">The answer appears here, with boxes and masks on the picture.</p>'
+MORE_PICTURES = (
+    "These come before the prompt together with the picture above, for checkpoints that were trained on several. Boxes and "
+    "masks are drawn on the one above."
+)
 LAUNCH_SETTINGS: dict[str, Any] = {
     "theme": THEME,
     "css": rendering.linking_css(),
@@ -82,6 +86,7 @@ def build_page(models: Models) -> gr.Blocks:
                 image = gr.Image(
                     label="Picture", sources=["upload", "webcam", "clipboard"], height=210, elem_id="picture"
                 )
+                more_images = _more_pictures()
                 draw = gr.Button("New scene", size="sm", visible=first == EMBEDDED, elem_id="draw")
                 task = gr.Radio([task.name for task in TASKS], value=TASKS[0].name, label="Task", elem_id="tasks")
                 language = gr.Dropdown(
@@ -137,7 +142,14 @@ def build_page(models: Models) -> gr.Blocks:
 
         # What the handlers change, by the names that they give it.
         parts: dict[str, Component] = {"about": about, "status": status, "image": image, "task": task, "prompt": prompt}
-        parts |= {"hint": hint, "checkpoint": checkpoint, "figure": figure, "answers": answers, "speed": speed}
+        parts |= {
+            "more_images": more_images,
+            "hint": hint,
+            "checkpoint": checkpoint,
+            "figure": figure,
+            "answers": answers,
+            "speed": speed,
+        }
         parts |= {"record": record, "history": history} | dict(zip((one.name for one in SETTINGS), settings))
         optional = {"is_answered": actions, "has_language": language, "can_draw": draw}
 
@@ -167,7 +179,7 @@ def build_page(models: Models) -> gr.Blocks:
         running = gr.on(
             [start.click, prompt.submit],
             on_page(handlers.run, models),
-            [image, prompt, checkpoint, history, *settings],
+            [image, more_images, prompt, checkpoint, history, *settings],
             [figure, answers, speed, actions, record, history, past_answers],
             # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
             preprocess=False,
@@ -193,7 +205,7 @@ def build_page(models: Models) -> gr.Blocks:
         past_answers.click(
             on_page(handlers.show_again, models),
             [past_answers, history],
-            [image, prompt, figure, answers, speed, record, actions],
+            [image, more_images, prompt, figure, answers, speed, record, actions],
             **AT_ONCE,
         )
         # A visitor who comes while the model is being loaded sees how far it is.
@@ -208,6 +220,20 @@ def build_page(models: Models) -> gr.Blocks:
         _add_endpoints(models, prompt, settings)
         page.limit_queue(MAX_QUEUE_LENGTH)
     return page
+
+
+def _more_pictures() -> gr.Gallery:
+    """A place for further pictures, folded away."""
+    with gr.Accordion("More pictures", open=False):
+        gr.Markdown(MORE_PICTURES)
+        return gr.Gallery(
+            label="Further pictures",
+            file_types=["image"],
+            sources=["upload", "clipboard"],
+            columns=4,
+            height=160,
+            elem_id="more-pictures",
+        )
 
 
 def _settings(checkpoints: list[str]) -> tuple[gr.Dropdown, list[Component]]:
@@ -228,6 +254,7 @@ def _add_endpoints(models: Models, prompt: gr.Textbox, settings: list[Component]
     with gr.Row(visible=False):
         call = gr.Button()
         image = gr.Image(label="Picture", type="filepath")
+        more_images = gr.File(label="Further pictures", file_count="multiple")
         language = gr.Dropdown(list(LANGUAGES), value=ENGLISH, label="Language code")
         kinds = gr.Textbox(label="What to find, such as “cat” or “cat ; dog”")
         seed = gr.Number(label=settings[-1].label, precision=0)
@@ -235,7 +262,7 @@ def _add_endpoints(models: Models, prompt: gr.Textbox, settings: list[Component]
         marked = gr.Image(label="The picture with boxes or masks drawn on it", format="png")
         objects = gr.JSON(label="Objects: label, box [x_min, y_min, x_max, y_max] in pixels, mask as COCO run lengths")
     for handler, inputs, outputs in (
-        (handlers.generate, [image, prompt, *settings[:-1], seed], [text, objects]),
+        (handlers.generate, [image, prompt, *settings[:-1], seed, more_images], [text, objects]),
         (handlers.caption, [image, language], text),
         (handlers.detect, [image, kinds], [marked, objects]),
         (handlers.segment, [image, kinds], [marked, objects]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import TYPE_CHECKING
 
@@ -10,16 +11,27 @@ from pydantic import ValidationError
 
 if TYPE_CHECKING:
     import fastapi
+    from gradio.blocks import BlockFunction
     from gradio.data_classes import PredictBodyInternal
+    from gradio.state_holder import SessionState
 
 
 class Page(gr.Blocks):
     """Blocks whose calls with values that no handler gets to see, and those beyond the queue, end with a sentence."""
 
-    async def preprocess_data(self, *arguments: object, **keywords: object) -> list[object]:
-        """Check and convert the values of a call; an error other than `gr.Error` would reach clients as null."""
+    async def preprocess_data(
+        self, block_fn: BlockFunction, inputs: list[object], state: SessionState | None, explicit_call: bool = False
+    ) -> list[object]:
+        """Check and convert the values of a call, of which the last may be left out if its function has defaults for them.
+
+        An error other than `gr.Error` would reach clients as null.
+        """
+        if block_fn.fn is not None:
+            left_out = list(inspect.signature(block_fn.fn).parameters.values())[len(inputs) :]
+            if all(parameter.default is not parameter.empty for parameter in left_out):
+                inputs = [*inputs, *(parameter.default for parameter in left_out)]
         try:
-            return await super().preprocess_data(*arguments, **keywords)  # type: ignore[arg-type]
+            return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except gr.Error:
             raise
         except Exception as error:

@@ -167,16 +167,16 @@ class Models:
         return self.start(name).result()
 
     def answer(
-        self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer]]:
         """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
-        for answers in self._answering(name, image, prompts, settings):
+        for answers in self._answering(name, images, prompts, settings):
             if isinstance(answers, PaliGemmaError):
                 raise answers
             yield answers
 
     def _answers_or_error(
-        self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer] | PaliGemmaError]:
         """Yield what `answer_prompts` yields, and an error that a caller can act on as the last value.
 
@@ -186,7 +186,7 @@ class Models:
         vlm = self._checkpoints[name].vlm
         assert vlm is not None, name
         try:
-            yield from answer_prompts(vlm, image, prompts, settings)
+            yield from answer_prompts(vlm, images, prompts, settings)
         except PaliGemmaError as error:
             yield error
 
@@ -282,9 +282,9 @@ class Answer:
 
 
 def answer_prompts(
-    vlm: VisionLanguageModel, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+    vlm: VisionLanguageModel, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
 ) -> Iterator[list[Answer]]:
-    """Answer prompts about one image together; its features are computed once.
+    """Answer prompts together, each about all of the images; their features are computed once.
 
     All prompts are checked before the first is answered. One line a prompt is logged: what was done and how fast, never
     what was asked or shown.
@@ -295,7 +295,7 @@ def answer_prompts(
     Yields:
         the answers so far.
     """
-    tokens = vlm.stream_batch([image] * len(prompts), prompts, **settings)
+    tokens = vlm.stream_batch([images] * len(prompts), prompts, **settings)
     answers = [Answer(prompt) for prompt in prompts]
     start, outcome = time.perf_counter(), "stopped"
     try:
@@ -316,7 +316,7 @@ def answer_prompts(
     finally:
         tokens.close()
         for answer in answers:
-            _log(answer, image, "finished" if answer.is_finished else outcome)
+            _log(answer, images[0], "finished" if answer.is_finished else outcome)
 
 
 def _log(answer: Answer, image: Image.Image, outcome: str) -> None:
