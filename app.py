@@ -231,6 +231,7 @@ def _more_pictures() -> gr.Gallery:
             file_types=["image"],
             sources=["upload", "clipboard"],
             columns=4,
+            object_fit="contain",
             height=160,
             elem_id="more-pictures",
         )
