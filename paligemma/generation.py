@@ -208,7 +208,7 @@ class VisionLanguageModel:
     ) -> TokenSequence:
         """What the engine takes, from the arguments of `stream`, which are checked; `seen` holds images' pixel values."""
         sampler = Sampler(temperature, top_k, top_p)
-        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        images = [image] if isinstance(image, str) or not isinstance(image, Sequence) else list(image)
         input_ids = self.processor.input_ids(prompt, len(images))
         longest = self.config.text.max_position_embeddings - len(input_ids)
         if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= longest:
