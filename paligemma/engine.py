@@ -163,7 +163,7 @@ class Engine:
         return cache
 
     def _prefill(self, sequence: TokenSequence) -> None:
-        """Read an image and a prompt into the first free slot, with steps of the others between the layers."""
+        """Read images and a prompt into the first free slot, with steps of the others between the layers."""
         slot = len(self._running)
         layer_start = time.perf_counter()
 
@@ -180,7 +180,7 @@ class Engine:
             layer_start = time.perf_counter()
 
         try:
-            features = self._image_features(sequence.pixel_values, after_layer)
+            features = torch.cat([self._image_features(one, after_layer) for one in sequence.pixel_values], dim=1)
             input_ids = torch.tensor([sequence.input_ids], device=self.model.device)
             logits = self.model.prefill(features, input_ids, self._cache, slot, after_layer)
         except Closed:
