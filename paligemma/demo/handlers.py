@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -25,7 +27,7 @@ from ..config import PaliGemmaError
 from ..images import open_image
 from ..prompts import ENGLISH, TASKS, Task, detect_prompt, segment_prompt, task_of
 from . import rendering
-from .serving import EMBEDDED, Answer, Models
+from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models
 
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
@@ -40,6 +42,7 @@ MAX_LINK_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
 MAX_LINK_CHARACTERS = 2000
 MAX_HISTORY = 8
 SCENE_SIZE, SCENE_OBJECTS = 336, 6  # pixels, and how many at most
+MAX_READERS = 2  # images read at the same time, each of which may take half a gigabyte; others wait
 
 TASK_BY_NAME = {task.name: task for task in TASKS}
 TAGLINE = "Give it a picture and a prompt, and watch the answer arrive."
@@ -73,6 +76,9 @@ SETTINGS = (
 )
 LINK_FIELDS = ("prompt", "checkpoint", *(setting.name for setting in SETTINGS))
 
+_readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
+T = TypeVar("T")
+
 # An answer of this visit: `path`, `url` and `size` (width, height) of its image, `checkpoint`, and `answers`, pairs of
 # a prompt and the text that answers it.
 Record = dict[str, Any]
@@ -92,7 +98,7 @@ def run(
         `speed`, a line about time; `figure` and `answers`, HTML; `is_answered`, whether there is an answer to save; at
         the end `record`, and `history` with it.
     """
-    opened, record = open_upload(image)
+    opened, record = yield from open_upload(image, meanwhile={})
     # What was shown before goes, also if this answer is stopped.
     yield {"figure": "", "answers": "", "speed": "", "is_answered": False}
     drawn: list[rendering.MarkedObject] | None = None
@@ -126,7 +132,7 @@ def read_settings(values: Sequence[object]) -> dict[str, Any]:
 def show_again(models: Models, index: int, history: list[Record]) -> dict[str, Any]:
     """Bring an earlier answer of this visit back, with its image and prompts."""
     record = history[index]
-    _open(record["path"])  # it may have been deleted meanwhile
+    _result(_open(record["path"], None))  # it may have been deleted meanwhile
     answers, objects = _read_again(models, record)
     return {
         "image": record["path"],
@@ -146,7 +152,7 @@ def prompts_of(record: Record) -> str:
 
 def save_image(models: Models, record: Record) -> str:
     """Draw an answer's boxes and masks on its image; returns the path of the file."""
-    image = _open(record["path"])
+    image = _result(_open(record["path"], None))
     path = _new_file(record, "marked.png")
     rendering.draw(image, _read_again(models, record)[1]).save(path)
     return str(path)
@@ -154,7 +160,7 @@ def save_image(models: Models, record: Record) -> str:
 
 def save_objects(models: Models, record: Record) -> str:
     """Write an answer's objects as JSON; returns the path of the file."""
-    size = _open(record["path"]).size
+    size = _result(_open(record["path"], None)).size
     path = _new_file(record, "objects.json")
     path.write_text(json.dumps(rendering.to_json(_read_again(models, record)[1], size)))
     return str(path)
@@ -246,7 +252,7 @@ def generate(
         top_p: sample among the likeliest tokens that have this much probability together; 1 among all
         seed: a whole number; the same one gives the same text
     """
-    opened, _ = open_upload(image)
+    opened, _ = yield from open_upload(image, meanwhile=("", []))
     settings = read_settings((max_new_tokens, temperature, top_k, top_p, seed))
     known: list[rendering.MarkedObject] | None = None
     for status, answers, objects in _answer(models, models.names[0], opened, prompt, settings):
@@ -294,7 +300,7 @@ def _find_objects(
     """The image with what was found drawn on it, and the objects, see `rendering.to_json`."""
     if not isinstance(kinds, str):
         raise PaliGemmaError(f"objects is {kinds}; please give a text such as “cat” or “cat ; dog”.")
-    opened, _ = open_upload(image)
+    opened, _ = _result(open_upload(image, None))
     settings = {"max_new_tokens": MAX_NEW_TOKENS}
     *_, (_, _, objects) = _answer(models, models.names[0], opened, to_prompt(kinds), settings)
     return rendering.draw(opened, objects), rendering.to_json(objects, opened.size)
@@ -303,8 +309,11 @@ def _find_objects(
 # --- what they share
 
 
-def open_upload(image: object) -> tuple[Image.Image, Record]:
+def open_upload(image: object, meanwhile: T) -> Generator[T, None, tuple[Image.Image, Record]]:
     """Open what `gr.Image` sends: the fields of its `ImageData`, with the path of the uploaded file.
+
+    Yields:
+        `meanwhile`, again and again while the image is being read; who closes the generator ends that.
 
     Returns:
         the image, and where it is: `path`, `url` for the page, `size`.
@@ -316,16 +325,33 @@ def open_upload(image: object) -> tuple[Image.Image, Record]:
             'The picture is not an uploaded file; please upload it to /gradio_api/upload and give {"path": …} with the '
             "path that comes back."
         )
-    opened = _open(image["path"])
+    opened = yield from _open(image["path"], meanwhile)
     url = image.get("url") or f"gradio_api/file={quote(image['path'])}"
     return opened, {"path": image["path"], "url": url, "size": opened.size}
 
 
-def _open(path: str) -> Image.Image:
+def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
     # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
     if "\0" in path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise PaliGemmaError("The picture was not uploaded to this page; please upload it.")
-    return open_image(path, MAX_PIXELS)
+    is_over = Event()
+    reading: Future[Image.Image] = _readers.submit(open_image, path, MAX_PIXELS, lambda: not is_over.is_set())
+    try:
+        while wait([reading], STATUS_SECONDS).not_done:
+            yield meanwhile
+        return reading.result()
+    finally:
+        is_over.set()
+        reading.cancel()
+
+
+def _result(steps: Generator[object, None, T]) -> T:
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _answer(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,24 @@ def test_what_to_find_must_be_a_text(models, objects):
     for endpoint in (handlers.detect, handlers.segment):
         with pytest.raises(PaliGemmaError, match="^objects is .*; please give a text"):
             endpoint(models, {"path": "x"}, objects)
+
+
+def test_of_images_that_nobody_waits_for_few_are_being_read_and_soon_none(models, upload, monkeypatch):
+    monkeypatch.setattr(handlers, "STATUS_SECONDS", 0.01)
+    image = upload("cats.png")
+    Image.new("RGB", (7000, 7000)).save(image["path"], "JPEG", progressive=True)  # a second or so each
+    runs = [handlers.run(models, image, "caption en", EMBEDDED, [], *GREEDY) for _ in range(30)]
+    assert all(next(run) == {} for run in runs)
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+    assert len(readers) == handlers.MAX_READERS
+    for run in runs:
+        run.close()
+    start = time.process_time()
+    assert handlers._readers.submit(lambda: True).result(timeout=20)
+    time.sleep(1)
+    assert time.process_time() - start < 2
+
+
+def test_a_folder_is_no_image(models, upload, tmp_path):
+    with pytest.raises(PaliGemmaError, match="is a folder"):
+        handlers.caption(models, {"path": str(tmp_path)})
