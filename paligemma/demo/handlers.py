@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,9 +24,9 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from ..annotations import Detection
-from ..config import PaliGemmaError
+from ..config import PaliGemmaError, is_number, shorten
 from ..images import open_image
-from ..prompts import ENGLISH, TASKS, Task, detect_prompt, segment_prompt, task_of
+from ..prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 from . import rendering
 from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 60_000_000
 MAX_PROMPTS = 8
 MAX_PROMPT_TOKENS = 512
+MAX_PROMPT_CHARACTERS = 8 * MAX_PROMPT_TOKENS  # checked first: to split a text into tokens takes time
 MAX_NEW_TOKENS = 256
 DEFAULT_NEW_TOKENS = 128  # six masks
 MAX_LINK_SEED = 2**53 - 1  # the largest whole number that a browser keeps exactly
@@ -52,6 +54,7 @@ ABOUT_EMBEDDED = (
 )
 ABOUT_OTHER = "This page runs `{}`."
 EMPTY_ANSWER = "An empty answer. To “detect” and “segment” it means: there is none."
+FORGOTTEN = "This answer is forgotten, since the page was started anew meanwhile; please ask again."
 SEVERAL_PROMPTS = "*Shift + Enter: one more prompt about the same picture.*"
 
 
@@ -131,6 +134,8 @@ def read_settings(values: Sequence[object]) -> dict[str, Any]:
 
 def show_again(models: Models, index: int, history: list[Record]) -> dict[str, Any]:
     """Bring an earlier answer of this visit back, with its image and prompts."""
+    if index >= len(history):
+        raise PaliGemmaError(FORGOTTEN)
     record = history[index]
     _result(_open(record["path"], None))  # it may have been deleted meanwhile
     answers, objects = _read_again(models, record)
@@ -152,7 +157,7 @@ def prompts_of(record: Record) -> str:
 
 def save_image(models: Models, record: Record) -> str:
     """Draw an answer's boxes and masks on its image; returns the path of the file."""
-    image = _result(_open(record["path"], None))
+    image = _result(_open(_path(record), None))
     path = _new_file(record, "marked.png")
     rendering.draw(image, _read_again(models, record)[1]).save(path)
     return str(path)
@@ -160,7 +165,7 @@ def save_image(models: Models, record: Record) -> str:
 
 def save_objects(models: Models, record: Record) -> str:
     """Write an answer's objects as JSON; returns the path of the file."""
-    size = _result(_open(record["path"], None)).size
+    size = _result(_open(_path(record), None)).size
     path = _new_file(record, "objects.json")
     path.write_text(json.dumps(rendering.to_json(_read_again(models, record)[1], size)))
     return str(path)
@@ -270,6 +275,8 @@ def caption(models: Models, image: object, language: str = ENGLISH) -> str:
         image: the picture
         language: code of the language to answer in, such as `en`; the embedded checkpoint knows only that one
     """
+    if not isinstance(language, str) or language not in LANGUAGES:
+        raise PaliGemmaError(f"language is {shorten(language)}; please give one of {', '.join(LANGUAGES)}.")
     *_, (text, _) = generate(models, image, f"caption {language}")
     return text
 
@@ -299,7 +306,7 @@ def _find_objects(
 ) -> tuple[Image.Image, list[dict[str, object]]]:
     """The image with what was found drawn on it, and the objects, see `rendering.to_json`."""
     if not isinstance(kinds, str):
-        raise PaliGemmaError(f"objects is {kinds}; please give a text such as “cat” or “cat ; dog”.")
+        raise PaliGemmaError(f"objects is {shorten(kinds)}; please give a text such as “cat” or “cat ; dog”.")
     opened, _ = _result(open_upload(image, None))
     settings = {"max_new_tokens": MAX_NEW_TOKENS}
     *_, (_, _, objects) = _answer(models, models.names[0], opened, to_prompt(kinds), settings)
@@ -334,6 +341,8 @@ def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
     # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
     if "\0" in path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise PaliGemmaError("The picture was not uploaded to this page; please upload it.")
+    if not os.path.exists(path):
+        raise PaliGemmaError(f"The picture {shorten(Path(path).name)} was deleted meanwhile; please upload it again.")
     is_over = Event()
     reading: Future[Image.Image] = _readers.submit(open_image, path, MAX_PIXELS, lambda: not is_over.is_set())
     try:
@@ -343,6 +352,13 @@ def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
     finally:
         is_over.set()
         reading.cancel()
+
+
+def _path(record: Record) -> str:
+    """The image of an answer; a session that began before the server did has none."""
+    if "path" not in record:
+        raise PaliGemmaError(FORGOTTEN)
+    return record["path"]
 
 
 def _result(steps: Generator[object, None, T]) -> T:
@@ -373,20 +389,24 @@ def _answer(
             yield "", answers, objects
 
 
-def _check_limits(vlm: VisionLanguageModel, prompts: Sequence[str], max_new_tokens: object) -> None:
+def _check_limits(vlm: VisionLanguageModel, prompts: Sequence[str], max_new_tokens: Any) -> None:
     """Refuse what the model could do but a shared page should not spend its time on."""
     if len(prompts) > MAX_PROMPTS:
         raise PaliGemmaError(f"These are {len(prompts)} prompts; please ask at most {MAX_PROMPTS} at once.")
+    if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise PaliGemmaError(
+            f"max_new_tokens is {shorten(max_new_tokens)}; please give a whole number from 1 to {MAX_NEW_TOKENS}."
+        )
     for prompt in prompts:
+        if isinstance(prompt, str) and len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise PaliGemmaError(
+                f"The prompt has {len(prompt)} characters, but this page takes {MAX_PROMPT_CHARACTERS}; please shorten it."
+            )
         tokens = len(vlm.processor.input_ids(prompt)) - vlm.config.vision.num_patches
         if tokens > MAX_PROMPT_TOKENS:
             raise PaliGemmaError(
                 f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
             )
-    if isinstance(max_new_tokens, (int, float)) and max_new_tokens > MAX_NEW_TOKENS:
-        raise PaliGemmaError(
-            f"max_new_tokens is {max_new_tokens}; please give a whole number from 1 to {MAX_NEW_TOKENS}."
-        )
 
 
 def _detections(answers: Sequence[Answer]) -> list[Detection]:
@@ -419,6 +439,11 @@ def _speed(answers: Sequence[Answer]) -> str:
 def _new_file(record: Record, name: str) -> Path:
     """A path in the folder of uploads, for a file that the visitor may download."""
     return Path(tempfile.mkdtemp(dir=get_upload_folder())) / f"{Path(record['path']).stem}-{name}"
+
+
+def prepare_scenes() -> None:
+    """Load what `draw_scene` needs, which takes seconds."""
+    _painter()
 
 
 @cache

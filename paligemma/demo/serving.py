@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..annotations import AnnotatedText
-from ..config import PaliGemmaError
+from ..config import PaliGemmaError, shorten
 from ..prompts import task_of
 
 if TYPE_CHECKING:
@@ -187,9 +187,9 @@ class Models:
             yield error
 
     def _find(self, name: str) -> _Checkpoint:
-        if name not in self._checkpoints:
+        if not isinstance(name, str) or name not in self._checkpoints:
             raise PaliGemmaError(
-                f"The checkpoint {name} is not offered here; please choose one of {', '.join(self._checkpoints)}."
+                f"The checkpoint {shorten(name)} is not offered here; please choose one of {', '.join(self._checkpoints)}."
             )
         return self._checkpoints[name]
 

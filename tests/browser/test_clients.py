@@ -174,7 +174,7 @@ def files(tmp_path_factory):
             "The picture huge.png has too many pixels; please make it smaller to at most 60 million pixels.",
         ),
         ("good", "", "The prompt is empty; please ask something, for example: caption en"),
-        ("good", "cat " * 25_000, "The prompt has 99999 characters, but .* fit; please shorten it."),
+        ("good", "cat " * 25_000, "The prompt has 99999 characters, but this page takes 4096; please shorten it."),
         ("good", "cat " * 600, "The prompt has 60.* tokens, but this page takes 512; please shorten it."),
         ("good", "detect <image>", "The prompt contains the reserved token <image>; please remove it."),
     ],

@@ -74,8 +74,16 @@ def test_an_earlier_answer_comes_back_and_can_be_saved(models, upload):
     assert Image.open(handlers.save_image(models, record)).size == (width, height)
     Path(image["path"]).unlink()
     for event in (handlers.save_image, handlers.save_objects):
-        with pytest.raises(PaliGemmaError, match="cats.png"):
+        with pytest.raises(PaliGemmaError, match="The picture cats.png was deleted meanwhile"):
             event(models, record)
+
+
+def test_of_answers_from_before_a_restart_a_sentence_says_that_they_are_forgotten(models):
+    for event in (handlers.save_image, handlers.save_objects):
+        with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
+            event(models, {})
+    with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
+        handlers.show_again(models, 2, [])
 
 
 @pytest.mark.parametrize(
@@ -143,6 +151,31 @@ def test_an_image_that_cannot_be_opened_gets_one_sentence(models, image, sentenc
         image = {"path": image["path"].replace("{folder}", get_upload_folder())}
     with pytest.raises(PaliGemmaError, match=sentence):
         handlers.caption(models, image)
+
+
+@pytest.mark.parametrize("language", ["en\ndetect cat", "xx", "", None, ["en"], "e" * 5000])
+def test_a_language_that_is_none_is_refused(models, upload, language):
+    with pytest.raises(PaliGemmaError, match=r"^language is [\s\S]{,50}; please give one of ar, bn, "):
+        handlers.caption(models, upload("cats.png"), language)
+
+
+@pytest.mark.parametrize("checkpoint", [None, ["embedded"], {}, "another"])
+def test_a_checkpoint_that_is_not_offered_is_refused(models, upload, checkpoint):
+    with pytest.raises(PaliGemmaError, match="^The checkpoint .* is not offered here; please choose one of embedded"):
+        list(handlers.run(models, upload("cats.png"), "caption en", checkpoint, [], *GREEDY))
+
+
+@pytest.mark.parametrize("number", [0, -1, 257, 1.5, "many", None, 10**400, float("nan")])
+def test_a_length_is_refused_with_the_range_of_the_page(models, upload, number):
+    with pytest.raises(PaliGemmaError, match="^max_new_tokens is .*; please give a whole number from 1 to 256.$"):
+        list(handlers.generate(models, upload("cats.png"), "caption en", number))
+
+
+def test_a_long_prompt_is_refused_before_it_is_split_into_tokens(models, upload):
+    start = time.process_time()
+    with pytest.raises(PaliGemmaError, match="^The prompt has 4000000 characters, but this page takes 4096; please "):
+        list(handlers.generate(models, upload("cats.png"), "x" * 4_000_000))
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("objects", [None, 5, ["cat"]])
