@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 # The vocabulary of places (arXiv 2407.07726, section 3.2): a box is four locations, each in 1024ths of the image's
 # height or width; a mask inside it is 16 codes out of a codebook of 128.
@@ -31,7 +31,7 @@ class PaliGemmaError(Exception):
     """Something that the caller can mend; its message is one sentence that says what to do."""
 
 
-def is_number(value: object, whole: bool = False) -> bool:
+def is_number(value: object, whole: bool = False) -> TypeGuard[float]:
     """Whether a setting is a finite number that a float holds, or a whole one of any size (5.0 is one)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False

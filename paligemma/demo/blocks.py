@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 if TYPE_CHECKING:
     import fastapi
     from gradio.data_classes import PredictBodyInternal
+
+LAST_MESSAGES_SECONDS = 5  # for answers to reach those who wait for them
 
 
 class Page(gr.Blocks):
@@ -29,6 +32,25 @@ class Page(gr.Blocks):
                 "as “Use via API” at the foot of the page shows.",
                 print_exception=False,
             ) from error
+
+    def own_files(self) -> set[str]:
+        """The files in the folder of uploads that belong to the page itself, such as its examples; to be called early.
+
+        Gradio counts as such what a visitor's history shows, too.
+        """
+        return {path for component in self.blocks.values() for path in getattr(component, "keep_in_cache", ())}
+
+    def answer_all(self, seconds: float) -> None:
+        """Let every call that waits begin at once, and wait until all have their answers, at most so long."""
+        queue, end = self._queue, time.monotonic() + seconds
+        for waiting in queue.event_queue_per_concurrency_id.values():
+            waiting.concurrency_limit = None
+        while time.monotonic() < end and (len(queue) or any(queue.active_jobs)):
+            time.sleep(0.1)
+        # Answers are there, but on their way; some callers never fetch theirs.
+        end = time.monotonic() + LAST_MESSAGES_SECONDS
+        while time.monotonic() < end and any(queue.pending_event_ids_session.values()):
+            time.sleep(0.1)
 
     def limit_queue(self, length: int) -> None:
         """Let at most `length` calls wait; others end at once, with a sentence that says when to come again.

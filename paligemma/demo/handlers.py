@@ -389,7 +389,7 @@ def _answer(
             yield "", answers, objects
 
 
-def _check_limits(vlm: VisionLanguageModel, prompts: Sequence[str], max_new_tokens: Any) -> None:
+def _check_limits(vlm: VisionLanguageModel, prompts: Sequence[str], max_new_tokens: object) -> None:
     """Refuse what the model could do but a shared page should not spend its time on."""
     if len(prompts) > MAX_PROMPTS:
         raise PaliGemmaError(f"These are {len(prompts)} prompts; please ask at most {MAX_PROMPTS} at once.")

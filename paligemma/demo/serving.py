@@ -87,15 +87,6 @@ class Models:
         with self._lock:
             self._is_closing = True
 
-    def wait_until_idle(self, seconds: float) -> bool:
-        """Wait until no checkpoint is being used, at most so long; whether it came to that."""
-        end = time.monotonic() + seconds
-        while any(checkpoint.users for checkpoint in self._checkpoints.values()):
-            if time.monotonic() >= end:
-                return False
-            time.sleep(STATUS_SECONDS)
-        return True
-
     def start(self, name: str) -> Future[VisionLanguageModel]:
         """Begin to load a checkpoint, unless it is loaded or about to be; one that failed is tried again."""
         checkpoint = self._find(name)
