@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
-from typing import TYPE_CHECKING
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from pydantic import ValidationError
@@ -13,11 +17,27 @@ if TYPE_CHECKING:
     import fastapi
     from gradio.data_classes import PredictBodyInternal
 
+log = logging.getLogger(__name__)
+
 LAST_MESSAGES_SECONDS = 5  # for answers to reach those who wait for them
 
 
 class Page(gr.Blocks):
     """Blocks whose calls with values that no handler gets to see, and those beyond the queue, end with a sentence."""
+
+    async def process_api(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Answer a call; every error is a sentence, and what is logged of it holds none of the call's values."""
+        try:
+            return await super().process_api(*arguments, **keywords)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:
+            frames = [
+                f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)[-4:]
+            ]
+            log.error("a call failed: %s in %s", type(error).__name__, " > ".join(frames))
+            raise gr.Error(_sentence(error), print_exception=False) from None
 
     async def preprocess_data(self, *arguments: object, **keywords: object) -> list[object]:
         """Check and convert the values of a call; an error other than `gr.Error` would reach clients as null."""
@@ -78,3 +98,12 @@ class Page(gr.Blocks):
             return await push(body, request, username)
 
         queue.push = push_or_refuse
+
+
+def _sentence(error: Exception) -> str:
+    """What a caller is told of an error that no handler explains."""
+    if isinstance(error, MemoryError):
+        return "The memory of the server is full; please try again later, or with a smaller picture."
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"The server cannot store or read a file ({os.strerror(error.errno)}); please try again later."
+    return "This call failed; please call as “Use via API” at the foot of the page shows, or try again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -207,6 +208,34 @@ def test_uploads_go_when_the_page_does_and_a_full_disk_is_said(tmp_path):
         assert process.wait(timeout=30) == 0
         assert "Traceback" not in process.stdout.read()
     assert not list(tmp_path.glob("paligemma-*"))
+
+
+def test_no_call_gets_an_error_without_a_sentence_or_leaves_its_values_in_the_log():
+    with served() as (process, address):
+        api = f"{address}/gradio_api"
+        for event in httpx.get(f"{address}/config").json()["dependencies"]:
+            inputs = len(event["inputs"])
+            for data in (
+                [],
+                ["SECRET"] * 9,
+                [{"SECRET": 1}] * inputs,
+                [["SECRET"]] * inputs,
+                [None] * inputs,
+                [99] * inputs,
+            ):
+                session = f"{event['id']} {data}"
+                call = {"data": data, "fn_index": event["id"], "session_hash": session}
+                assert httpx.post(f"{api}/queue/join", json=call).status_code == 200
+                with httpx.stream("GET", f"{api}/queue/data", params={"session_hash": session}, timeout=60) as stream:
+                    message = next(line for line in stream.iter_lines() if "process_completed" in line)
+                end = json.loads(message.removeprefix("data: "))
+                assert end["success"] or end["output"]["error"], (event["api_name"], data)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        log = process.stdout.read()
+    assert "SECRET" not in log
+    assert "Traceback" not in log
+    assert "a call failed: TypeError in " in log
 
 
 def test_an_interruption_ends_without_a_traceback():
