@@ -31,10 +31,10 @@ from spaces.zero.torch.patching import tensor_packs  # noqa: E402
 def move_to_cpu(callback: object) -> None:
     """In place of `spaces.zero.torch.move`: read the packed tensors into those that stand for them."""
     for pack in tensor_packs:
-        data = bytearray(Path(pack.path()).read_bytes())
+        data = torch.frombuffer(bytearray(Path(pack.path()).read_bytes()), dtype=torch.uint8)
         offset = 0
         for tensor, size, size_on_disk in itertools.chain(*pack.batches, pack.big_tensors):
-            stored = torch.frombuffer(data, dtype=torch.uint8, count=size, offset=offset).untyped_storage()
+            stored = data[offset : offset + size].clone().untyped_storage()  # some have no numbers
             values = torch.tensor([], dtype=tensor.dtype).set_(stored, 0, tensor.shape, tensor.stride())
             for fake in pack.fakes[tensor]:
                 fake.data = values
