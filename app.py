@@ -53,6 +53,10 @@ EXAMPLES = [
     ["sign.png", "ocr"],
 ]
 NOTHING_YET = '<p class="nothing-yet">The answer appears here, with boxes and masks on the picture.</p>'
+MORE_PICTURES = (
+    "These come before the prompt together with the picture above, for checkpoints that were trained on several. Boxes and "
+    "masks are drawn on the one above."
+)
 LAUNCH_SETTINGS: dict[str, Any] = {
     "theme": THEME,
     "css": rendering.linking_css(),
@@ -89,6 +93,7 @@ def build_page(models: Models) -> gr.Blocks:
                 image = gr.Image(
                     label="Picture", sources=["upload", "webcam", "clipboard"], height=210, elem_id="picture"
                 )
+                more_images = _more_pictures()
                 draw = gr.Button("New scene", size="sm", visible=first == EMBEDDED, elem_id="draw")
                 task = gr.Radio([task.name for task in TASKS], value=TASKS[0].name, label="Task", elem_id="tasks")
                 language = gr.Dropdown(
@@ -144,7 +149,14 @@ def build_page(models: Models) -> gr.Blocks:
 
         # What the handlers change, by the names that they give it.
         parts: dict[str, Component] = {"about": about, "status": status, "image": image, "task": task, "prompt": prompt}
-        parts |= {"hint": hint, "checkpoint": checkpoint, "figure": figure, "answers": answers, "speed": speed}
+        parts |= {
+            "more_images": more_images,
+            "hint": hint,
+            "checkpoint": checkpoint,
+            "figure": figure,
+            "answers": answers,
+            "speed": speed,
+        }
         parts |= {"record": record, "history": history} | dict(zip((one.name for one in SETTINGS), settings))
         optional = {"is_answered": actions, "has_language": language, "can_draw": draw}
 
@@ -178,7 +190,7 @@ def build_page(models: Models) -> gr.Blocks:
         running = gr.on(
             [start.click, prompt.submit],
             on_page(handlers.run, models),
-            [image, prompt, checkpoint, history, *settings],
+            [image, more_images, prompt, checkpoint, history, *settings],
             [figure, answers, speed, actions, record, history, past_answers],
             # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
             preprocess=False,
@@ -206,7 +218,7 @@ def build_page(models: Models) -> gr.Blocks:
         past_answers.click(
             on_page(handlers.show_again, models),
             [past_answers, history],
-            [image, prompt, figure, answers, speed, record, actions],
+            [image, more_images, prompt, figure, answers, speed, record, actions],
             **AT_ONCE,
         )
         # A visitor who comes while the model is being loaded sees how far it is.
@@ -221,6 +233,21 @@ def build_page(models: Models) -> gr.Blocks:
         _add_endpoints(page, models, prompt, settings)
         page.limit_queue(MAX_QUEUE_LENGTH, MAX_CLIENT_SHARE)
     return page
+
+
+def _more_pictures() -> gr.Gallery:
+    """A place for further pictures, folded away."""
+    with gr.Accordion("More pictures", open=False):
+        gr.Markdown(MORE_PICTURES)
+        return gr.Gallery(
+            label="Further pictures",
+            file_types=["image"],
+            sources=["upload", "clipboard"],
+            columns=4,
+            object_fit="contain",
+            height=160,
+            elem_id="more-pictures",
+        )
 
 
 def _settings(checkpoints: list[str]) -> tuple[gr.Dropdown, list[Component]]:
@@ -241,6 +268,7 @@ def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: lis
     with gr.Row(visible=False):
         call = gr.Button()
         image = gr.Image(label="Picture", type="filepath")
+        more_images = gr.File(label="Further pictures", file_count="multiple")
         language = gr.Dropdown(list(LANGUAGES), value=ENGLISH, label="Language code")
         kinds = gr.Textbox(label="What to find, such as “cat” or “cat ; dog”")
         seed = gr.Number(label=settings[-1].label, precision=0)
@@ -248,7 +276,7 @@ def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: lis
         marked = gr.Image(label="The picture with boxes or masks drawn on it", format="png")
         objects = gr.JSON(label="Objects: label, box [x_min, y_min, x_max, y_max] in pixels, mask as COCO run lengths")
     for handler, inputs, outputs in (
-        (handlers.generate, [image, prompt, *settings[:-1], seed], [text, objects]),
+        (handlers.generate, [image, prompt, *settings[:-1], seed, more_images], [text, objects]),
         (handlers.caption, [image, language], text),
         (handlers.detect, [image, kinds], [marked, objects]),
         (handlers.segment, [image, kinds], [marked, objects]),
@@ -296,6 +324,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("paligemma").setLevel(logging.INFO)
     loading = {"device": arguments.device or None, "dtype": arguments.dtype or "auto", "compile": arguments.compile}
+    loading["tokenizer"] = arguments.tokenizer or None
     sources = [None if source == EMBEDDED else source for source in arguments.sources]
     models = Models(sources, partial(load_checkpoint, settings=loading), borrow_gpu=borrow_gpu)
     if IS_ZERO_GPU:
@@ -343,6 +372,7 @@ def _parse_arguments() -> argparse.Namespace:
     add("models", f"several of them, with commas between, for a menu; `{EMBEDDED}` is the small one that ships inside")
     add("device", "cpu, cuda or mps")
     add("dtype", "auto, float32, bfloat16, float16 or int8 (x86 CPUs)")
+    add("tokenizer", "a tokenizer.json, or a folder that holds one, for all checkpoints but the embedded one")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step (CUDA)")
     parser.add_argument("--host", help="address to listen on, such as 0.0.0.0")
     parser.add_argument("--port", type=int)

@@ -66,7 +66,7 @@ class Engine:
         self._waiting: deque[TokenSequence] = deque()
         self._running: list[TokenSequence] = []
         self._step_seconds = self._last_step = 0.0
-        self._cache = self._make_cache(0, 0)
+        self._cache = self._no_cache()
 
     def compile(self) -> None:
         """Compile the decode step, as one graph for each bucket of rows and length; on CUDA these are CUDA graphs."""
@@ -142,25 +142,28 @@ class Engine:
             return False
         capacity = self._waiting[0].capacity
         if capacity > self._cache.capacity and not self._running:
-            self._cache = self._make_cache(0, 0)  # its memory goes before that of the next is taken
-            self._cache = self._make_cache(capacity, self.rows)
+            self._cache = self._no_cache()  # its memory goes before that of the next is taken
+            self._cache = self._make_cache(capacity)
         return capacity <= self._cache.capacity and len(self._running) < len(self._cache.lengths)
 
-    def _make_cache(self, capacity: int, rows: int) -> KVCache:
+    def _no_cache(self) -> KVCache:
+        # On `meta`, since on ZeroGPU the engine is made where no GPU is.
+        return KVCache(self.model.config.text, 0, 0, self.model.dtype, "meta")
+
+    def _make_cache(self, capacity: int) -> KVCache:
         """As many slots as fit into the bounds, each for `capacity` positions or the usual number of them."""
         text, dtype = self.model.config.text, self.model.dtype
         usual = self.model.config.vision.num_patches + TEXT_POSITIONS
-        capacity = min(max(capacity, usual), text.max_position_embeddings) if rows else 0
+        capacity = min(max(capacity, usual), text.max_position_embeddings)
         position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
-        slots = max(1, min(rows, MAX_CACHE_BYTES // (position * capacity))) if rows else 0
-        # What is on a GPU before there is any sequence would travel to each process of ZeroGPU.
-        cache = KVCache(text, slots, capacity, dtype, self.model.device if rows else torch.device("cpu"))
+        slots = max(1, min(self.rows, MAX_CACHE_BYTES // (position * capacity)))
+        cache = KVCache(text, slots, capacity, dtype, self.model.device)
         if self._compiled_decode is not None:
             cache.mark_static()
         return cache
 
     def _prefill(self, sequence: TokenSequence) -> None:
-        """Read an image and a prompt into the first free slot, with steps of the others between the layers."""
+        """Read images and a prompt into the first free slot, with steps of the others between the layers."""
         slot = len(self._running)
         layer_start = time.perf_counter()
 
@@ -177,7 +180,7 @@ class Engine:
             layer_start = time.perf_counter()
 
         try:
-            features = self._image_features(sequence.pixel_values, after_layer)
+            features = torch.cat([self._image_features(one, after_layer) for one in sequence.pixel_values], dim=1)
             input_ids = torch.tensor([sequence.input_ids], device=self.model.device)
             logits = self.model.prefill(features, input_ids, self._cache, slot, after_layer)
         except Closed:

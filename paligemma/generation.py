@@ -24,6 +24,7 @@ from .sequence import Events, TokenSequence, read
 
 MAX_SEED = 2**63
 ImageSource = Image.Image | str | os.PathLike
+Images = ImageSource | Sequence[ImageSource]
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class VisionLanguageModel:
 
     def stream(
         self,
-        image: Image.Image | str | os.PathLike,
+        image: Images,
         prompt: str,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -155,7 +156,8 @@ class VisionLanguageModel:
         """Answer token by token; closing the answer ends the work within one token.
 
         Args:
-            image: a Pillow image, or the path of an image file.
+            image: a Pillow image, or the path of an image file; or a list of them, for checkpoints that were trained on
+                several (NLVR2, videos): the features of all come before the prompt.
             prompt: in the syntax that the checkpoint was trained on, such as `caption en`.
             max_new_tokens: the answer's longest length, if `<eos>` does not end it earlier.
             temperature, top_k, top_p: see `Sampler`; the defaults are greedy.
@@ -168,11 +170,11 @@ class VisionLanguageModel:
         return Answer(self.engine, sequence, self.processor.text_stream())
 
     def stream_batch(
-        self, images: Sequence[ImageSource], prompts: Sequence[str], **settings: Unpack[Settings]
+        self, images: Sequence[Images], prompts: Sequence[str], **settings: Unpack[Settings]
     ) -> AnswerBatch:
         """Answer prompts together: each token comes with its prompt's number, and None where an answer ends.
 
-        All arguments are checked at the call.
+        Each prompt has its image, or a list of images. All arguments are checked at the call.
 
         Raises:
             PaliGemmaError: as `stream`, or there are not as many images as prompts.
@@ -186,12 +188,12 @@ class VisionLanguageModel:
         sequences = [self._sequence(image, seen, events, prompt, **settings) for image, prompt in zip(images, prompts)]
         return AnswerBatch(self.engine, sequences, events, self.processor)
 
-    def generate(self, image: ImageSource, prompt: str, **settings: Unpack[Settings]) -> str:
+    def generate(self, image: Images, prompt: str, **settings: Unpack[Settings]) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
         return "".join(token.text for token in self.stream(image, prompt, **settings))
 
     def generate_batch(
-        self, images: Sequence[ImageSource], prompts: Sequence[str], **settings: Unpack[Settings]
+        self, images: Sequence[Images], prompts: Sequence[str], **settings: Unpack[Settings]
     ) -> list[str]:
         """The whole answers of prompts that are answered together; arguments and errors as for `stream_batch`."""
         texts = [""] * len(prompts)
@@ -212,7 +214,7 @@ class VisionLanguageModel:
 
     def _sequence(
         self,
-        image: ImageSource,
+        image: Images,
         seen: dict[int, Tensor],
         events: Events,
         prompt: str,
@@ -224,7 +226,8 @@ class VisionLanguageModel:
     ) -> TokenSequence:
         """What the engine takes, from the arguments of `stream`, which are checked; `seen` holds images' pixel values."""
         sampler = Sampler(temperature, top_k, top_p)
-        input_ids = self.processor.input_ids(prompt)
+        images = [image] if isinstance(image, str) or not isinstance(image, Sequence) else list(image)
+        input_ids = self.processor.input_ids(prompt, len(images))
         longest = self.config.text.max_position_embeddings - len(input_ids)
         if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= longest:
             raise PaliGemmaError(
@@ -232,9 +235,11 @@ class VisionLanguageModel:
                 f"from 1 to {longest}."
             )
         generator = self._generator(seed)
-        if id(image) not in seen:
-            seen[id(image)] = self._pixel_values(image)
-        return TokenSequence(seen[id(image)], input_ids, int(max_new_tokens), sampler, generator, events)
+        for one in images:
+            if id(one) not in seen:
+                seen[id(one)] = self._pixel_values(one)
+        pixel_values = [seen[id(one)] for one in images]
+        return TokenSequence(pixel_values, input_ids, int(max_new_tokens), sampler, generator, events)
 
     def _pixel_values(self, image: ImageSource) -> Tensor:
         if isinstance(image, (str, os.PathLike)):

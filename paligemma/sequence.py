@@ -1,4 +1,4 @@
-"""`TokenSequence`: a prompt about an image on its way to an answer, between its reader's thread and the engine's."""
+"""`TokenSequence`: a prompt about images on its way to an answer, between its reader's thread and the engine's."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Events = SimpleQueue[tuple["TokenSequence", Event]]
 
 
 class TokenSequence:
-    """A prompt about an image on its way to an answer; see `read` for its tokens.
+    """A prompt about one or more images on its way to an answer; see `read` for its tokens.
 
     Args:
-        pixel_values: float32 [1, 3, image_size, image_size], on the CPU.
-        input_ids: the image placeholders first.
+        pixel_values: of each image float32 [1, 3, image_size, image_size], on the CPU.
+        input_ids: the placeholders of all images first.
         max_new_tokens: how many tokens there are at most; a token that ends the answer is none of them.
         sampler, generator: how they are chosen; the generator is on the model's device.
         events: where its tokens go to; several sequences that are read together share them.
@@ -39,7 +39,7 @@ class TokenSequence:
 
     def __init__(
         self,
-        pixel_values: Tensor,
+        pixel_values: list[Tensor],
         input_ids: list[int],
         max_new_tokens: int,
         sampler: Sampler,

@@ -21,6 +21,9 @@ import paligemma
 from paligemma.demo.serving import EMBEDDED, Models
 from paligemma.mask_decoder import MaskDecoder
 
+# Small models gain nothing from a second thread, and two that wait for each other on busy cores lose minutes.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "paligemma" / "demo" / "examples"
 ONE_TOKEN = 1  # of a stopped answer: the one under way

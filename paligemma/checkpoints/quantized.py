@@ -105,7 +105,7 @@ def find_store(weights: Tensors, sizes: Mapping[str, int], progress: Progress = 
                 stored = _stored_files(folder, keys)
             return stored
     except (OSError, SafetensorError) as error:
-        advice = f"please set HF_HOME to a place with {needed / 1e9:.1f} GB for them"
+        advice = f"please set HF_HOME to a place with {needed / 1e9:.2g} GB for them"
         log.warning("int8 weights cannot be kept in %s (%s), so each start makes them anew; %s", folder, error, advice)
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from .streaming import Answerings
 
 if TYPE_CHECKING:
     import fastapi
+    from gradio.blocks import BlockFunction
     from gradio.data_classes import PredictBodyInternal
     from gradio.queueing import Event
+    from gradio.state_holder import SessionState
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -28,10 +31,19 @@ class Page(gr.Blocks):
         super().__init__(title=title, delete_cache=delete_cache)
         self.answerings = Answerings()
 
-    async def preprocess_data(self, *arguments: object, **keywords: object) -> list[object]:
-        """Check and convert the values of a call; an error other than `gr.Error` would reach clients as null."""
+    async def preprocess_data(
+        self, block_fn: BlockFunction, inputs: list[object], state: SessionState | None, explicit_call: bool = False
+    ) -> list[object]:
+        """Check and convert the values of a call, of which the last may be left out if its function has defaults for them.
+
+        An error other than `gr.Error` would reach clients as null.
+        """
+        if block_fn.fn is not None:
+            left_out = list(inspect.signature(block_fn.fn).parameters.values())[len(inputs) :]
+            if all(parameter.default is not parameter.empty for parameter in left_out):
+                inputs = [*inputs, *(parameter.default for parameter in left_out)]
         try:
-            return await super().preprocess_data(*arguments, **keywords)  # type: ignore[arg-type]
+            return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except gr.Error:
             raise
         except Exception as error:

@@ -38,10 +38,14 @@ log = logging.getLogger(__name__)
 def load_checkpoint(
     source: str | None, settings: dict[str, Any], **callbacks: Callable[..., None]
 ) -> VisionLanguageModel:
-    """`paligemma.load`, imported when it is called, since it brings torch: a page can be served before."""
+    """`paligemma.load`, imported when it is called, since it brings torch: a page can be served before.
+
+    A tokenizer among the settings is not for the embedded checkpoint, which has its own.
+    """
     import paligemma
 
-    return paligemma.load(source, **(settings | callbacks))
+    own = {"tokenizer": None} if source is None else {}
+    return paligemma.load(source, **(settings | own | callbacks))
 
 
 @dataclass
@@ -174,12 +178,12 @@ class Models:
         return self.start(name).result()
 
     def answer(
-        self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer]]:
         """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
         is_stopped = Event()  # for ZeroGPU, where the tokens are computed in another process
         ON_STOP.get([]).append(is_stopped.set)
-        with closing(self._answering(name, image, prompts, settings)) as steps:
+        with closing(self._answering(name, images, prompts, settings)) as steps:
             for answers in steps:
                 if isinstance(answers, PaliGemmaError):
                     raise answers
@@ -188,7 +192,7 @@ class Models:
                     return
 
     def _answers_or_error(
-        self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Generator[list[Answer] | PaliGemmaError, None, None]:
         """Yield what `answer_prompts` yields, and an error that a caller can act on as the last value.
 
@@ -198,7 +202,7 @@ class Models:
         vlm = self._checkpoints[name].vlm
         assert vlm is not None, name
         try:
-            yield from answer_prompts(vlm, image, prompts, settings)
+            yield from answer_prompts(vlm, images, prompts, settings)
         except PaliGemmaError as error:
             yield error
 
@@ -298,9 +302,9 @@ class Answer:
 
 
 def answer_prompts(
-    vlm: VisionLanguageModel, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+    vlm: VisionLanguageModel, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
 ) -> Iterator[list[Answer]]:
-    """Answer prompts about one image together; its features are computed once.
+    """Answer prompts together, each about all of the images; their features are computed once.
 
     All prompts are checked before the first is answered. One line a prompt is logged: what was done and how fast, never
     what was asked or shown.
@@ -311,7 +315,7 @@ def answer_prompts(
     Yields:
         the answers so far.
     """
-    tokens = vlm.stream_batch([image] * len(prompts), prompts, **settings)
+    tokens = vlm.stream_batch([images] * len(prompts), prompts, **settings)
     answers = [Answer(prompt) for prompt in prompts]
     ON_STOP.get([]).append(tokens.close)
     start, outcome = time.perf_counter(), "stopped"
@@ -333,7 +337,7 @@ def answer_prompts(
     finally:
         tokens.close()
         for answer in answers:
-            _log(answer, image, "finished" if answer.is_finished else outcome)
+            _log(answer, images[0], "finished" if answer.is_finished else outcome)
 
 
 def _log(answer: Answer, image: Image.Image, outcome: str) -> None:

@@ -5,8 +5,8 @@ nearly nothing of the rest. So each layer first multiplies its input by an ortho
 128 channels, which spreads an outlier over its whole block (as in QuaRot, arXiv 2404.00456); the weights are rotated by
 the same matrix once, when they are quantized, and the product stays what it was. Of some rows the kernel also gets the
 residual, what rounding lost of them, as one more row whose product is added: of those whose largest value is still many
-times their root mean square; of the last of several, on which the answer's first token depends more than on all others;
-and of the one that logits are computed from. The last two cost a hundredth of the time, and halve what activations
+times their root mean square; of a sequence's last position, on which the answer's first token depends more than on all
+others; and of those that logits are computed from. The last two cost a hundredth of the time, and halve what activations
 contribute to the error of the logits.
 
 Relative error of the output against float32, in %, of 260 rows, by the shape of the layer [in, out]; "outliers" have

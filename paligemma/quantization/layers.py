@@ -58,13 +58,13 @@ class InputMemo:
 
 
 class Int8Linear(nn.Module):
-    """Stands in for `nn.Linear`: float32 [..., in] to float32 [..., out].
+    """Stands in for `nn.Linear`: float32 [B, T, in] or [B, in] to float32 [B, T, out] or [B, out].
 
     Args:
         weight: packed, see `pack`.
         bias: float32 [out], or None.
         memo: that of the layers which may have inputs in common with this one.
-        single_residual: whether also a row that comes alone has a residual.
+        single_residual: whether also the only position of a sequence has a residual.
     """
 
     def __init__(
@@ -94,11 +94,14 @@ class Int8Linear(nn.Module):
         return output.view(*hidden_states.shape[:-1], -1)
 
     def prepare(self, hidden_states: Tensor) -> PreparedRows:
-        """Rotate and scale float32 [..., in]; the same for all layers of this width."""
+        """Rotate and scale float32 [B, T, in] or [B, in]; the same for all layers of this width."""
         channels, levels = hidden_states.shape[-1], self.weight.levels
         count = hidden_states.numel() // channels
-        last = slice(count - 1, count) if count > 1 or self.single_residual else None
-        steps = torch.empty(count + (last is not None), channels)  # with a place for what follows, to spare a copy
+        positions = hidden_states.shape[-2] if hidden_states.dim() > 2 else 1  # of each sequence
+        # Chosen within each sequence, so that it gives the same whichever others are computed with it.
+        last = slice(positions - 1, count, positions) if positions > 1 or self.single_residual else None
+        residuals = 0 if last is None else count // positions
+        steps = torch.empty(count + residuals, channels)  # with a place for what follows, to spare a copy
         rows = rotate(hidden_states, out=steps[:count])
         step = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(levels)
         rows /= step

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import ANY
 
 import httpx
 import pytest
@@ -43,7 +44,7 @@ def test_each_endpoint_has_its_documented_parameters(client):
         for name, endpoint in endpoints.items()
     }
     assert parameters == {
-        "/generate": ["image", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"],
+        "/generate": ["image", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "more_images"],
         "/caption": ["image", "language"],
         "/detect": ["image", "objects"],
         "/segment": ["image", "objects"],
@@ -73,6 +74,18 @@ def test_what_is_segmented_has_run_lengths(serve, with_mask_decoder):
     assert cat["mask"]["size"] == [height, width]
     assert sum(cat["mask"]["counts"]) == width * height
     assert sum(cat["mask"]["counts"][1::2]) == (width // 2) * (height // 2)
+
+
+def test_several_pictures_are_taken_and_what_has_a_default_may_be_left_out(client, page_address, tiny):
+    others = [EXAMPLES / "music.png", EXAMPLES / "sign.png"]
+    more = {"more_images": [handle_file(other) for other in others]}
+    text, _ = client.predict(handle_file(PICTURE), "caption en", api_name="/generate", **more)
+    assert text == tiny.generate([PICTURE, *others], "caption en")
+    for settings in ([], [128, 0, 0, 1, None]):  # as calls were before there was `more_images`
+        assert end_of_call(page_address, [{"path": uploaded_path(page_address)}, "caption en", *settings]) == (
+            "event: complete",
+            [tiny.generate(PICTURE, "caption en"), ANY],
+        )
 
 
 def test_the_client_receives_a_growing_text(client, tiny):
@@ -282,7 +295,7 @@ def test_a_value_of_the_wrong_type_gets_one_sentence(page_address, position, val
         ([{"path": str(PICTURE.resolve())}, "caption en", 8, 0, 0, 1, None], "The picture was not uploaded to this "),
         ([{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "", 8, 0, 0, 1, None], "A value of this "),
         (["cats.png", "caption en", 8, 0, 0, 1, None], "A value of this call cannot be used .*; please send uploaded "),
-        ([{"path": "/a"}, "caption en"], "A value of this call cannot be used .*needed: 7, got: 2"),
+        ([{"path": "/a"}], "A value of this call cannot be used .*needed: 8, got: 1"),
     ],
 )
 def test_a_call_without_an_uploaded_image_or_with_too_few_values_gets_one_sentence(page_address, data, sentence):
@@ -295,13 +308,19 @@ def uploaded_path(address):
     return answer.json()[0]
 
 
-def error_of_call(address, data):
-    """Call the endpoint by plain HTTP; returns the sentence of the error that comes back."""
+def end_of_call(address, data):
+    """Call the endpoint by plain HTTP; returns the last event that comes back, and its content."""
     event = httpx.post(f"{address}gradio_api/call/generate", json={"data": data}).json()["event_id"]
     stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=30).text
     event_name, content = stream.strip().split("\n\n")[-1].split("\n")[:2]
-    assert event_name == "event: error", stream
-    return json.loads(content.removeprefix("data: "))["error"]
+    return event_name, json.loads(content.removeprefix("data: "))
+
+
+def error_of_call(address, data):
+    """The sentence of the error that a call ends with, see `end_of_call`."""
+    event_name, content = end_of_call(address, data)
+    assert event_name == "event: error", content
+    return content["error"]
 
 
 # --- from other languages, and from agents
