@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+SESSIONS_KEPT = 4  # for each place in the queue: sessions whose messages can still be read
+
+
 class Page(gr.Blocks):
     """Blocks whose calls with values that no handler gets to see, and those beyond the queue, end with a sentence."""
 
@@ -62,6 +65,8 @@ class Page(gr.Blocks):
         """
         queue = self.queue(default_concurrency_limit=1)._queue
         push, clean = queue.push, queue.clean_events
+        sessions = queue.pending_messages_per_session
+        sessions.max_size = SESSIONS_KEPT * length
 
         def refuse_all() -> None:
             times = queue.process_time_per_fn.values()
@@ -85,6 +90,8 @@ class Page(gr.Blocks):
 
         async def push_or_refuse(body: PredictBodyInternal, request: fastapi.Request, username: str | None) -> tuple:
             self.answerings.forget_unread(queue)
+            if body.session_hash in sessions:  # else it counts as old as when it first asked
+                sessions.move_to_end(body.session_hash)
             queues = list(queue.event_queue_per_concurrency_id.values())
             clients = [client_address(event.request) for one in queues for event in one.queue]
             if len(clients) >= length:

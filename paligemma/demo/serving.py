@@ -178,7 +178,7 @@ class Models:
         return self.start(name).result()
 
     def answer(
-        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer]]:
         """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
         is_stopped = Event()  # for ZeroGPU, where the tokens are computed in another process
@@ -192,7 +192,7 @@ class Models:
                     return
 
     def _answers_or_error(
-        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Generator[list[Answer] | PaliGemmaError, None, None]:
         """Yield what `answer_prompts` yields, and an error that a caller can act on as the last value.
 
@@ -302,7 +302,7 @@ class Answer:
 
 
 def answer_prompts(
-    vlm: VisionLanguageModel, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
+    vlm: VisionLanguageModel, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
 ) -> Iterator[list[Answer]]:
     """Answer prompts together, each about all of the images; their features are computed once.
 
@@ -310,12 +310,15 @@ def answer_prompts(
     what was asked or shown.
 
     Args:
+        images: taken out of the list when they are read, since they are large, and answers take long.
         settings: as for `VisionLanguageModel.stream`.
 
     Yields:
         the answers so far.
     """
+    size = images[0].size
     tokens = vlm.stream_batch([images] * len(prompts), prompts, **settings)
+    images.clear()
     answers = [Answer(prompt) for prompt in prompts]
     ON_STOP.get([]).append(tokens.close)
     start, outcome = time.perf_counter(), "stopped"
@@ -337,16 +340,16 @@ def answer_prompts(
     finally:
         tokens.close()
         for answer in answers:
-            _log(answer, images[0], "finished" if answer.is_finished else outcome)
+            _log(answer, size, "finished" if answer.is_finished else outcome)
 
 
-def _log(answer: Answer, image: Image.Image, outcome: str) -> None:
+def _log(answer: Answer, size: tuple[int, int], outcome: str) -> None:
     task = task_of(answer.prompt)
     first, rate = answer.seconds_to_first_token, answer.tokens_per_second
     log.info(
         "task=%s picture=%dx%d prompt_characters=%d tokens=%d first_token=%s tokens_per_second=%s outcome=%s",
         task.word if task else FREE_QUESTION,
-        *image.size,
+        *size,
         len(answer.prompt),
         len(answer.times),
         "-" if first is None else f"{first:.3f}s",
