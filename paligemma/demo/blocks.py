@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 from fastapi import HTTPException
+from gradio.server_messages import ProcessCompletedMessage
 from pydantic import ValidationError
 
 from .streaming import Answerings
@@ -56,6 +57,16 @@ class Page(gr.Blocks):
                 "as “Use via API” at the foot of the page shows.",
                 print_exception=False,
             ) from error
+
+    def stop(self, session: str) -> None:
+        """End what a session has asked for: what was answered so far stays, what waits leaves the queue."""
+        for one in self._queue.event_queue_per_concurrency_id.values():
+            for event in [event for event in one.queue if event.session_hash == session]:
+                one.queue.remove(event)
+                self._queue.event_ids_to_events.pop(event._id, None)
+                unchanged = {"data": [gr.skip()] * len(event.fn.outputs), "is_generating": False}
+                self._queue.send_message(event, ProcessCompletedMessage(output=unchanged, success=True))
+        self.answerings.stop(session)
 
     def limit_queue(self, length: int, share: int) -> None:
         """Let at most `length` calls wait, at most `share` of one client, in an order that is fair to all clients.
