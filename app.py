@@ -8,10 +8,10 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from functools import partial, update_wrapper
@@ -27,7 +27,7 @@ from gradio.components import Component
 from starlette.middleware import Middleware
 
 import paligemma
-from paligemma.demo import handlers, rendering
+from paligemma.demo import handlers, hosting, rendering
 from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Models, load_checkpoint
@@ -63,8 +63,11 @@ LAUNCH_SETTINGS: dict[str, Any] = {
     "css_paths": DEMO_FOLDER / "page.css",
     "max_file_size": MAX_FILE_SIZE,
     "state_session_capacity": MAX_SESSIONS,
-    "app_kwargs": {"middleware": [Middleware(BodyLimit, length=MAX_BODY_LENGTH)]},
     "ssr_mode": False,
+    "app_kwargs": {
+        "middleware": [Middleware(BodyLimit, length=MAX_BODY_LENGTH)],
+        "exception_handlers": {OSError: hosting.explain_full_disk},
+    },
 }
 # The browser's part: it has the clipboard, its own address, and the files that were made for it.
 COPY_TEXT = """() => navigator.clipboard.writeText(
@@ -80,11 +83,13 @@ DOWNLOAD = "() => setTimeout(() => document.querySelector('#file').click(), 200)
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 TOGETHER: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 16}  # who comes later waits in a queue
 
+log = logging.getLogger(__name__)
 
-def build_page(models: Models) -> gr.Blocks:
+
+def build_page(models: Models) -> Page:
     """The page from top to bottom, and what happens when something on it is pressed."""
     first = models.names[0]
-    with Page(title=TITLE, delete_cache=(FILES_KEPT_SECONDS,) * 2) as page:
+    with Page(title=TITLE) as page:
         gr.Markdown(f"# {TITLE}", elem_id="title")
         about = gr.Markdown(handlers.about(first), elem_id="about")
         record, history = gr.State({}), gr.State([])
@@ -171,10 +176,6 @@ def build_page(models: Models) -> gr.Blocks:
                 shown[past_answers] = gr.Dataset(samples=samples, sample_labels=labels, visible=True)
             return shown or {prompt: gr.skip()}
 
-        def downloadable(path: str) -> str:
-            file.temp_files.add(path)  # deleted with the uploaded files
-            return path
-
         def open_link(request: gr.Request) -> dict[Block, Any]:
             return show(handlers.read_link(request.query_params, models.names))
 
@@ -182,7 +183,7 @@ def build_page(models: Models) -> gr.Blocks:
             page.stop(str(request.session_hash))
 
         on_page = partial(_event, page, show=show, write=escape)
-        to_file = partial(_event, page, show=downloadable, write=escape)
+        to_file = partial(_event, page, write=escape)
 
         # --- what is pressed
 
@@ -320,40 +321,72 @@ def main() -> None:
     arguments = _parse_arguments()
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("paligemma").setLevel(logging.INFO)
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    with hosting.own_upload_folder() as uploads:
+        try:
+            problem = _serve(arguments, uploads, ending)
+        except Exception:
+            log.exception("the page has ended")
+            problem = "The page has ended, see the error above."
+    if problem:
+        print(problem, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(bool(problem))  # at once: what threads still do, such as loading, is for nobody
+
+
+def _serve(arguments: argparse.Namespace, uploads: Path, ending: threading.Event) -> str | None:
+    """Serve the page until `ending` is set; returns the sentence of an error that ends it before."""
     loading = {"device": arguments.device or None, "dtype": arguments.dtype or "auto", "compile": arguments.compile}
     loading["tokenizer"] = arguments.tokenizer or None
     sources = [None if source == EMBEDDED else source for source in arguments.sources]
     models = Models(sources, partial(load_checkpoint, settings=loading), borrow_gpu=borrow_gpu)
     if IS_ZERO_GPU:
         models.load_all()
-    ending = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ending.set())
     page = build_page(models)
-    page.launch(
-        server_name=arguments.host,
-        server_port=arguments.port,
-        share=arguments.share or None,
-        auth=arguments.auth,
-        mcp_server=arguments.mcp,
-        prevent_thread_lock=True,
-        **LAUNCH_SETTINGS,
-    )
-    first = models.start(models.names[0])
-    while not (first.done() or ending.wait(STATUS_SECONDS)):
-        pass
+    examples = page.own_files()
+    settings = dict(LAUNCH_SETTINGS)
+    if arguments.auth:
+        settings["auth"] = hosting.Password(*arguments.auth).check
+        middleware = [*settings["app_kwargs"]["middleware"], Middleware(hosting.OwnPagesOnly)]
+        settings["app_kwargs"] = {**settings["app_kwargs"], "middleware": middleware}
     try:
-        if first.done():
-            first.result()
-    except paligemma.PaliGemmaError as error:
+        page.launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            share=arguments.share or None,
+            mcp_server=arguments.mcp,
+            prevent_thread_lock=True,
+            **settings,
+        )
+    except OSError as error:  # somebody else was faster
+        return str(error)
+    with hosting.cleaned_up(uploads, FILES_KEPT_SECONDS, examples):
+        first = models.start(models.names[0])
+        while not (first.done() or ending.wait(STATUS_SECONDS)):
+            pass
+        try:
+            if first.done():
+                first.result()
+        except paligemma.PaliGemmaError as error:
+            return str(error)
+        if EMBEDDED in models.names:
+            threading.Thread(target=handlers.prepare_scenes, daemon=True).start()
+        ending.wait()
+        # Who asks again to end does not want to wait.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: _end_at_once(uploads))
+        models.close()
+        page.answer_all(LAST_ANSWERS_SECONDS)
         page.close(verbose=False)
-        sys.exit(str(error))
-    ending.wait()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who presses Ctrl-C again does not want to wait
-    models.close()
-    models.wait_until_idle(LAST_ANSWERS_SECONDS)
-    time.sleep(STATUS_SECONDS)  # for the last tokens to reach whoever waits for them
-    page.close(verbose=False)
+    return None
+
+
+def _end_at_once(uploads: Path) -> None:
+    shutil.rmtree(uploads, ignore_errors=True)
+    os._exit(1)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -371,19 +404,26 @@ def _parse_arguments() -> argparse.Namespace:
     add("dtype", "auto, float32, bfloat16, float16 or int8 (x86 CPUs)")
     add("tokenizer", "a tokenizer.json, or a folder that holds one, for all checkpoints but the embedded one")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step (CUDA)")
-    parser.add_argument("--host", help="address to listen on, such as 0.0.0.0")
-    parser.add_argument("--port", type=int)
+    host, port = (os.environ.get(f"GRADIO_SERVER_{name}") or None for name in ("NAME", "PORT"))
+    parser.add_argument("--host", default=host, help="address to listen on, such as 0.0.0.0")
+    parser.add_argument("--port", type=int, default=port)
     parser.add_argument("--share", action="store_true", help="make a public link")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="let in only who knows them")
+    add("auth", "USER:PASSWORD: let in only who knows them; the environment variable is seen by fewer")
     parser.add_argument("--mcp", action="store_true", help="serve the endpoints as tools for agents as well")
     arguments = parser.parse_args()
     if arguments.auth:
         user, _, password = arguments.auth.partition(":")
         if not (user and password):
             parser.error("--auth takes a name and a password with a colon between them: --auth ada:lovelace")
+        if arguments.mcp:
+            parser.error("--mcp cannot be protected with --auth, since agents have no login; please choose one of them")
         arguments.auth = user, password
     if arguments.mcp and importlib.util.find_spec("mcp") is None:
         parser.error('--mcp needs one more package: pip install "gradio[mcp]"')
+    try:
+        hosting.check_address(arguments.host, arguments.port)
+    except paligemma.PaliGemmaError as error:
+        parser.error(str(error))
     names = [arguments.model or "", *(arguments.models or "").split(",")]
     arguments.sources = list(dict.fromkeys(filter(None, map(str.strip, names)))) or [EMBEDDED]
     return arguments

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 # The vocabulary of places (arXiv 2407.07726, section 3.2): a box is four locations, each in 1024ths of the image's
 # height or width; a mask inside it is 16 codes out of a codebook of 128.
@@ -21,12 +23,33 @@ GELU, GELU_TANH = "gelu", "gelu_pytorch_tanh"
 # in SigLIP and Gemma 2 it is the exact function. So transformers reads them.
 ACTIVATIONS = (GELU, GELU_TANH, "gelu_fast", "gelu_new", "gelu_accurate")
 
-
+MAX_SHOWN = 40  # characters of a setting in a sentence about it
 MAX_NUMBER = 2**31  # no size is larger, and tensors could not have it
 
 
 class PaliGemmaError(Exception):
     """Something that the caller can mend; its message is one sentence that says what to do."""
+
+
+def is_number(value: object, whole: bool = False) -> TypeGuard[float]:
+    """Whether a setting is a finite number that a float holds, or a whole one of any size (5.0 is one)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    if whole and isinstance(value, Integral):
+        return True
+    try:
+        return math.isfinite(value) and (not whole or value == math.trunc(value))
+    except OverflowError:
+        return False
+
+
+def shorten(value: object) -> str:
+    """A setting as a sentence about it shows it: its first characters, however many there are."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "too long a number"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import PaliGemmaConfig, PaliGemmaError
+from .config import PaliGemmaConfig, PaliGemmaError, is_number, shorten
 from .engine import Engine
 from .images import open_image
 from .mask_decoder import MaskDecoder
 from .model import PaliGemma
 from .processor import Processor, TextStream
-from .sampling import Sampler, is_number, shorten
+from .sampling import Sampler
 from .sequence import Events, TokenSequence, read
 
 MAX_SEED = 2**63

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from .config import PaliGemmaError
+from .config import PaliGemmaError, is_number, shorten
 
 # Below this, dividing by the temperature would overflow; the likeliest token is as good as certain long before.
 SMALLEST_TEMPERATURE = 1e-6
-MAX_SHOWN = 40  # characters of a setting in a sentence about it
-
-
-def is_number(value: object, whole: bool = False) -> bool:
-    """Whether a setting is a finite number that a float holds, or a whole one of any size (5.0 is one)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    if whole and isinstance(value, Integral):
-        return True
-    try:
-        return math.isfinite(value) and (not whole or value == math.trunc(value))
-    except OverflowError:
-        return False
-
-
-def shorten(value: object) -> str:
-    """A setting as a sentence about it shows it: its first characters, however many there are."""
-    try:
-        text = str(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        return "too long a number"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 @dataclass(frozen=True)

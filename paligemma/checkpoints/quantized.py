@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+import zlib
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,9 +26,10 @@ from ..model import PaliGemma
 from ..quantization import InputMemo, Int8Embedding, Int8Linear, pack, packing, quantize
 from .weights import EMBEDDING, OUTPUT, Progress, Tensors, ignore, open_file, read_tensor, set_by_name
 
-INT8_FORMAT = 1  # part of the names of stores: a new number makes them anew
+INT8_FORMAT = 2  # part of the names of stores: a new number makes them anew
 SHARD_BYTES = 256 * 2**20
 UNFINISHED = "unfinished-"
+SOURCES = "sources"  # in the metadata of each file, beside the checksum of each tensor under its key
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,14 @@ def load_int8_weights(model: PaliGemma, tensors: Tensors, progress: Progress = i
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {EMBEDDING}
     store = find_store({name: tensors[name] for name in tensors if name in linear}, sizes, progress)
     memo = InputMemo()
+    damaged: set[Path] = set()
+
+    def int8_weight(name: str) -> tuple[Tensor, Tensor]:
+        if store is not None:
+            rounded, scale = (_read_checked(store[key], key, damaged) for key in (name, _scale_of(name)))
+            if rounded is not None and scale is not None:
+                return rounded, scale
+        return quantize(read_tensor(*tensors[name]))
 
     def put(name: str) -> None:
         owner, _, kind = name.rpartition(".")
@@ -47,13 +59,12 @@ def load_int8_weights(model: PaliGemma, tensors: Tensors, progress: Progress = i
             if kind != "bias" or f"{owner}.weight" not in linear:  # other biases go with their weights
                 set_by_name(model, name, nn.Parameter(read_tensor(*tensors[name]).float(), requires_grad=False))
             return
-        if store is None:
-            rounded, scale = quantize(read_tensor(*tensors[name]))
-        else:
-            rounded, scale = (read_tensor(store[key], key) for key in (name, _scale_of(name)))
+        rounded, scale = int8_weight(name)
         if name == EMBEDDING:
             output = None if OUTPUT in linear else Int8Linear(pack(rounded, scale), None, memo, single_residual=True)
-            if store is not None:  # of this mapping only the rows of the tokens in use become resident
+            if (
+                store is not None and store[name] not in damaged
+            ):  # of this mapping only the rows of the tokens in use become resident
                 rounded = read_tensor(store[name], name)
             module = Int8Embedding(rounded, scale, output)
         else:
@@ -70,6 +81,10 @@ def load_int8_weights(model: PaliGemma, tensors: Tensors, progress: Progress = i
             task.result()
             done += sizes[tasks[task]]
             progress("Packing the int8 weights", done / total)
+    for file in damaged:
+        log.warning("%s holds damaged int8 weights; the next start makes them anew", file)
+        with suppress(OSError):
+            file.unlink()
 
 
 def find_store(weights: Tensors, sizes: Mapping[str, int], progress: Progress = ignore) -> dict[str, Path] | None:
@@ -102,6 +117,7 @@ def find_store(weights: Tensors, sizes: Mapping[str, int], progress: Progress = 
                 if shutil.disk_usage(folder.parent).free < needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 _write(weights, sizes, folder, progress)
+                _remove_outdated(folder.parent)
                 stored = _stored_files(folder, keys)
             return stored
     except (OSError, SafetensorError) as error:
@@ -115,15 +131,35 @@ def int8_folder(files: list[Path]) -> Path:
     from huggingface_hub import constants
 
     files = [file.resolve() for file in files]  # in the Hub's cache the name of the file itself tells its content
-    state = [INT8_FORMAT, *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
     name = re.sub(r"[^A-Za-z0-9.]+", "-", str(files[0].parent)).strip("-")[-80:]
-    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(_state_of(files).encode()).hexdigest()[:16]
     return Path(constants.HF_HUB_CACHE).parent / "paligemma-int8" / f"{name}-{digest}"
+
+
+def _state_of(files: Iterable[Path]) -> str:
+    """What tells one version of a checkpoint, and of this module, from another."""
+    stats = [(file, file.stat()) for file in files]
+    return json.dumps([INT8_FORMAT, *((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats)])
+
+
+def _remove_outdated(parent: Path) -> None:
+    """Remove the int8 weights of checkpoints that have changed since, or are gone."""
+    for folder in parent.iterdir():
+        is_current = False
+        try:
+            with open_file(next(folder.glob("*.safetensors"))) as mapped:
+                state = (mapped.metadata() or {})[SOURCES]
+            is_current = state == _state_of(Path(file) for file, *_ in json.loads(state)[1:])
+        except (OSError, StopIteration, PaliGemmaError, KeyError):
+            pass
+        if not is_current:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(weights: Tensors, sizes: Mapping[str, int], folder: Path, progress: Progress) -> None:
     """Quantize tensor by tensor into files of `folder`: memory holds little of them at any time."""
     unfinished = folder.with_name(UNFINISHED + folder.name)
+    state = _state_of(sorted({file.resolve() for file, _ in weights.values()}))
     done, total = 0, sum(sizes[name] for name in weights)
     shard: dict[str, Tensor] = {}
     try:
@@ -133,7 +169,8 @@ def _write(weights: Tensors, sizes: Mapping[str, int], folder: Path, progress: P
             shard[name], shard[_scale_of(name)] = quantize(read_tensor(*place))
             done += sizes[name]
             if number == len(weights) or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
-                save_file(shard, unfinished / f"{number:05}.safetensors")
+                checksums = {key: _checksum(tensor) for key, tensor in shard.items()}
+                save_file(shard, unfinished / f"{number:05}.safetensors", metadata={SOURCES: state, **checksums})
                 shard = {}
         unfinished.rename(folder)  # under its own name only once it is whole
     finally:
@@ -151,6 +188,21 @@ def _stored_files(folder: Path, keys: Collection[str]) -> dict[str, Path] | None
     except (OSError, PaliGemmaError):
         return None
     return found if found.keys() >= set(keys) else None
+
+
+def _read_checked(file: Path, key: str, damaged: set[Path]) -> Tensor | None:
+    """A stored tensor; None, and the file is added to `damaged`, if it is not what was written."""
+    with open_file(file) as mapped:
+        tensor = mapped.get_tensor(key)
+        if (mapped.metadata() or {}).get(key) == _checksum(tensor):
+            return tensor
+    damaged.add(file)
+    return None
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Of the bytes of a contiguous tensor; its 4 GB/s are a fraction of what packing takes."""
+    return f"{zlib.crc32(tensor.view(torch.uint8).numpy().data):08x}"
 
 
 def _scale_of(name: str) -> str:

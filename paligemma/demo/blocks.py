@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
+import os
+import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from fastapi import HTTPException
@@ -24,16 +29,32 @@ if TYPE_CHECKING:
     from gradio.state_holder import SessionState
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+log = logging.getLogger(__name__)
 
+LAST_MESSAGES_SECONDS = 5  # for answers to reach those who wait for them
 SESSIONS_KEPT = 4  # for each place in the queue: sessions whose messages can still be read
 
 
 class Page(gr.Blocks):
     """Blocks whose calls with values that no handler gets to see, and those beyond the queue, end with a sentence."""
 
-    def __init__(self, title: str, delete_cache: tuple[int, int]):
-        super().__init__(title=title, delete_cache=delete_cache)
+    def __init__(self, title: str):
+        super().__init__(title=title)
         self.answerings = Answerings()
+
+    async def process_api(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Answer a call; every error is a sentence, and what is logged of it holds none of the call's values."""
+        try:
+            return await super().process_api(*arguments, **keywords)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:
+            frames = [
+                f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)[-4:]
+            ]
+            log.error("a call failed: %s in %s", type(error).__name__, " > ".join(frames))
+            raise gr.Error(_sentence(error), print_exception=False) from None
 
     async def preprocess_data(
         self, block_fn: BlockFunction, inputs: list[object], state: SessionState | None, explicit_call: bool = False
@@ -67,6 +88,25 @@ class Page(gr.Blocks):
                 unchanged = {"data": [gr.skip()] * len(event.fn.outputs), "is_generating": False}
                 self._queue.send_message(event, ProcessCompletedMessage(output=unchanged, success=True))
         self.answerings.stop(session)
+
+    def own_files(self) -> set[str]:
+        """The files in the folder of uploads that belong to the page itself, such as its examples; to be called early.
+
+        Gradio counts as such what a visitor's history shows, too.
+        """
+        return {path for component in self.blocks.values() for path in getattr(component, "keep_in_cache", ())}
+
+    def answer_all(self, seconds: float) -> None:
+        """Let every call that waits begin at once, and wait until all have their answers, at most so long."""
+        queue, end = self._queue, time.monotonic() + seconds
+        for waiting in queue.event_queue_per_concurrency_id.values():
+            waiting.concurrency_limit = None
+        while time.monotonic() < end and (len(queue) or any(queue.active_jobs)):
+            time.sleep(0.1)
+        # Answers are there, but on their way; some callers never fetch theirs.
+        end = time.monotonic() + LAST_MESSAGES_SECONDS
+        while time.monotonic() < end and any(queue.pending_event_ids_session.values()):
+            time.sleep(0.1)
 
     def limit_queue(self, length: int, share: int) -> None:
         """Let at most `length` calls wait, at most `share` of one client, in an order that is fair to all clients.
@@ -165,3 +205,12 @@ class BodyLimit:
 
         has_files = scope["type"] != "http" or scope["path"].endswith("/upload") or "/mcp/" in scope["path"]
         await self._app(scope, receive if has_files else receive_some, send)
+
+
+def _sentence(error: Exception) -> str:
+    """What a caller is told of an error that no handler explains."""
+    if isinstance(error, MemoryError):
+        return "The memory of the server is full; please try again later, or with a smaller picture."
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"The server cannot store or read a file ({os.strerror(error.errno)}); please try again later."
+    return "This call failed; please call as “Use via API” at the foot of the page shows, or try again."

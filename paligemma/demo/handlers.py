@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -21,11 +24,11 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from ..annotations import Detection
-from ..config import PaliGemmaError
+from ..config import PaliGemmaError, is_number, shorten
 from ..images import open_image
-from ..prompts import ENGLISH, TASKS, Task, detect_prompt, segment_prompt, task_of
+from ..prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 from . import rendering
-from .serving import EMBEDDED, Answer, Models
+from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models
 
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
@@ -35,12 +38,14 @@ MAX_PIXELS = 60_000_000
 MAX_IMAGES = 8
 MAX_PROMPTS = 8
 MAX_PROMPT_TOKENS = 512
+MAX_PROMPT_CHARACTERS = 8 * MAX_PROMPT_TOKENS  # checked first: to split a text into tokens takes time
 MAX_NEW_TOKENS = 256
 DEFAULT_NEW_TOKENS = 128  # six masks
 MAX_LINK_SEED = 2**53 - 1  # the largest whole number that a browser keeps exactly
 MAX_LINK_CHARACTERS = 2000
 MAX_HISTORY = 8
 SCENE_SIZE, SCENE_OBJECTS = 336, 6  # pixels, and how many at most
+MAX_READERS = 2  # images read at the same time, each of which may take half a gigabyte; others wait
 
 TASK_BY_NAME = {task.name: task for task in TASKS}
 TAGLINE = "Give it a picture and a prompt, and watch the answer arrive."
@@ -50,6 +55,7 @@ ABOUT_EMBEDDED = (
 )
 ABOUT_OTHER = "This page runs `{}`."
 EMPTY_ANSWER = "An empty answer. To “detect” and “segment” it means: there is none."
+FORGOTTEN = "This answer is forgotten, since the page was started anew meanwhile; please ask again."
 SEVERAL_PROMPTS = "*Shift + Enter: one more prompt about the same picture.*"
 
 
@@ -73,6 +79,9 @@ SETTINGS = (
     Setting("seed", "Seed (empty: a new one each time)", None, 0, MAX_LINK_SEED, 1),
 )
 LINK_FIELDS = ("prompt", "checkpoint", *(setting.name for setting in SETTINGS))
+
+_readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
+T = TypeVar("T")
 
 # An answer of this visit: `path`, `url` and `size` (width, height) of its first image, `more`, the paths of others,
 # `checkpoint`, and `answers`, pairs of a prompt and the text that answers it.
@@ -101,7 +110,7 @@ def run(
         `speed`, a line about time; `figure` and `answers`, HTML; `is_answered`, whether there is an answer to save; at
         the end `record`, and `history` with it.
     """
-    opened, record = open_uploads(image, more_images)
+    opened, record = yield from open_uploads(image, more_images, meanwhile={})
     count = len(opened)
     # What was shown before goes, also if this answer is stopped.
     yield {"figure": "", "answers": "", "speed": "", "is_answered": False}
@@ -137,8 +146,10 @@ def read_settings(values: Sequence[object]) -> dict[str, Any]:
 
 def show_again(models: Models, index: int, history: list[Record]) -> dict[str, Any]:
     """Bring an earlier answer of this visit back, with its image and prompts."""
+    if index >= len(history):
+        raise PaliGemmaError(FORGOTTEN)
     record = history[index]
-    _open(record["path"])  # it may have been deleted meanwhile
+    _result(_open(record["path"], None))  # it may have been deleted meanwhile
     answers, objects = _read_again(models, record)
     return {
         "image": record["path"],
@@ -159,7 +170,7 @@ def prompts_of(record: Record) -> str:
 
 def save_image(models: Models, record: Record) -> str:
     """Draw an answer's boxes and masks on its image; returns the path of the file."""
-    image = _open(record["path"])
+    image = _result(_open(_path(record), None))
     path = _new_file(record, "marked.png")
     rendering.draw(image, _read_again(models, record)[1]).save(path)
     return str(path)
@@ -167,7 +178,7 @@ def save_image(models: Models, record: Record) -> str:
 
 def save_objects(models: Models, record: Record) -> str:
     """Write an answer's objects as JSON; returns the path of the file."""
-    size = _open(record["path"]).size
+    size = _result(_open(_path(record), None)).size
     path = _new_file(record, "objects.json")
     path.write_text(json.dumps(rendering.to_json(_read_again(models, record)[1], size)))
     return str(path)
@@ -261,7 +272,7 @@ def generate(
         seed: a whole number; the same one gives the same text
         more_images: others that come before the prompt with the first, for checkpoints that were trained on several
     """
-    opened, _ = open_uploads(image, more_images)
+    opened, _ = yield from open_uploads(image, more_images, meanwhile=("", []))
     size = opened[0].size
     settings = read_settings((max_new_tokens, temperature, top_k, top_p, seed))
     text, objects = "", list[rendering.MarkedObject]()
@@ -280,6 +291,8 @@ def caption(models: Models, image: object, language: str = ENGLISH) -> Iterator[
         image: the picture
         language: code of the language to answer in, such as `en`; the embedded checkpoint knows only that one
     """
+    if not isinstance(language, str) or language not in LANGUAGES:
+        raise PaliGemmaError(f"language is {shorten(language)}; please give one of {', '.join(LANGUAGES)}.")
     for text, _ in generate(models, image, f"caption {language}"):
         yield text
 
@@ -307,8 +320,8 @@ def segment(models: Models, image: object, objects: str) -> Iterator[_Found]:
 def _find_objects(models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]) -> Iterator[_Found]:
     """Yield the objects so far, when there are more, then the image with all drawn on it; see `rendering.to_json`."""
     if not isinstance(kinds, str):
-        raise PaliGemmaError(f"objects is {kinds}; please give a text such as “cat” or “cat ; dog”.")
-    opened, _ = open_upload(image)
+        raise PaliGemmaError(f"objects is {shorten(kinds)}; please give a text such as “cat” or “cat ; dog”.")
+    opened, _ = yield from open_upload(image, meanwhile=(None, []))
     settings = {"max_new_tokens": MAX_NEW_TOKENS}
     known: list[rendering.MarkedObject] = []
     objects = known
@@ -322,8 +335,11 @@ def _find_objects(models: Models, image: object, kinds: object, to_prompt: Calla
 # --- what they share
 
 
-def open_upload(image: object) -> tuple[Image.Image, Record]:
+def open_upload(image: object, meanwhile: T) -> Generator[T, None, tuple[Image.Image, Record]]:
     """Open what `gr.Image` sends: the fields of its `ImageData`, with the path of the uploaded file.
+
+    Yields:
+        `meanwhile`, again and again while the image is being read; who closes the generator ends that.
 
     Returns:
         the image, and where it is: `path`, `url` for the page, `size`.
@@ -335,12 +351,14 @@ def open_upload(image: object) -> tuple[Image.Image, Record]:
             'The picture is not an uploaded file; please upload it to /gradio_api/upload and give {"path": …} with the '
             "path that comes back."
         )
-    opened = _open(image["path"])
+    opened = yield from _open(image["path"], meanwhile)
     url = image.get("url") or f"gradio_api/file={quote(image['path'])}"
     return opened, {"path": image["path"], "url": url, "size": opened.size}
 
 
-def open_uploads(image: object, more_images: object) -> tuple[list[Image.Image], Record]:
+def open_uploads(
+    image: object, more_images: object, meanwhile: T
+) -> Generator[T, None, tuple[list[Image.Image], Record]]:
     """Open an image, see `open_upload`, and a list of others; what `gr.Gallery` sends has each under the key `image`.
 
     Returns:
@@ -351,16 +369,46 @@ def open_uploads(image: object, more_images: object) -> tuple[list[Image.Image],
         raise PaliGemmaError(f"more_images is of type {type(others).__name__}; please give a list of uploaded files.")
     if len(others) >= MAX_IMAGES:
         raise PaliGemmaError(f"These are {1 + len(others)} pictures; please give at most {MAX_IMAGES}.")
-    opened, record = open_upload(image)
-    more = [open_upload(one.get("image", one) if isinstance(one, dict) else one) for one in others]
-    return [opened, *(other for other, _ in more)], record | {"more": [where["path"] for _, where in more]}
+    opened, record = yield from open_upload(image, meanwhile)
+    images, paths = [opened], []
+    for one in others:
+        other, where = yield from open_upload(one.get("image", one) if isinstance(one, dict) else one, meanwhile)
+        images.append(other)
+        paths.append(where["path"])
+    return images, record | {"more": paths}
 
 
-def _open(path: str) -> Image.Image:
+def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
     # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
     if "\0" in path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise PaliGemmaError("The picture was not uploaded to this page; please upload it.")
-    return open_image(path, MAX_PIXELS)
+    if not os.path.exists(path):
+        raise PaliGemmaError(f"The picture {shorten(Path(path).name)} was deleted meanwhile; please upload it again.")
+    is_over = Event()
+    reading: Future[Image.Image] = _readers.submit(open_image, path, MAX_PIXELS, lambda: not is_over.is_set())
+    try:
+        while wait([reading], STATUS_SECONDS).not_done:
+            yield meanwhile
+        return reading.result()
+    finally:
+        is_over.set()
+        reading.cancel()
+
+
+def _path(record: Record) -> str:
+    """The image of an answer; a session that began before the server did has none."""
+    if "path" not in record:
+        raise PaliGemmaError(FORGOTTEN)
+    return record["path"]
+
+
+def _result(steps: Generator[object, None, T]) -> T:
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _answer(
@@ -387,16 +435,20 @@ def _check_limits(vlm: VisionLanguageModel, images: int, prompts: Sequence[str],
     """Refuse what the model could do but a shared page should not spend its time on."""
     if len(prompts) > MAX_PROMPTS:
         raise PaliGemmaError(f"These are {len(prompts)} prompts; please ask at most {MAX_PROMPTS} at once.")
+    if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise PaliGemmaError(
+            f"max_new_tokens is {shorten(max_new_tokens)}; please give a whole number from 1 to {MAX_NEW_TOKENS}."
+        )
     for prompt in prompts:
+        if isinstance(prompt, str) and len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise PaliGemmaError(
+                f"The prompt has {len(prompt)} characters, but this page takes {MAX_PROMPT_CHARACTERS}; please shorten it."
+            )
         tokens = len(vlm.processor.input_ids(prompt, images)) - images * vlm.config.vision.num_patches
         if tokens > MAX_PROMPT_TOKENS:
             raise PaliGemmaError(
                 f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
             )
-    if isinstance(max_new_tokens, (int, float)) and max_new_tokens > MAX_NEW_TOKENS:
-        raise PaliGemmaError(
-            f"max_new_tokens is {max_new_tokens}; please give a whole number from 1 to {MAX_NEW_TOKENS}."
-        )
 
 
 def _detections(answers: Sequence[Answer]) -> list[Detection]:
@@ -429,6 +481,11 @@ def _speed(answers: Sequence[Answer], images: int) -> str:
 def _new_file(record: Record, name: str) -> Path:
     """A path in the folder of uploads, for a file that the visitor may download."""
     return Path(tempfile.mkdtemp(dir=get_upload_folder())) / f"{Path(record['path']).stem}-{name}"
+
+
+def prepare_scenes() -> None:
+    """Load what `draw_scene` needs, which takes seconds."""
+    _painter()
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..annotations import AnnotatedText
-from ..config import PaliGemmaError
+from ..config import PaliGemmaError, shorten
 from ..prompts import task_of
 
 if TYPE_CHECKING:
@@ -96,15 +96,6 @@ class Models:
         """Let nobody begin to use one; who does already may finish."""
         with self._lock:
             self._is_closing = True
-
-    def wait_until_idle(self, seconds: float) -> bool:
-        """Wait until no checkpoint is being used, at most so long; whether it came to that."""
-        end = time.monotonic() + seconds
-        while any(checkpoint.users for checkpoint in self._checkpoints.values()):
-            if time.monotonic() >= end:
-                return False
-            time.sleep(STATUS_SECONDS)
-        return True
 
     def start(self, name: str) -> Future[VisionLanguageModel]:
         """Begin to load a checkpoint, unless it is loaded or about to be; one that failed is tried again."""
@@ -207,9 +198,9 @@ class Models:
             yield error
 
     def _find(self, name: str) -> _Checkpoint:
-        if name not in self._checkpoints:
+        if not isinstance(name, str) or name not in self._checkpoints:
             raise PaliGemmaError(
-                f"The checkpoint {name} is not offered here; please choose one of {', '.join(self._checkpoints)}."
+                f"The checkpoint {shorten(name)} is not offered here; please choose one of {', '.join(self._checkpoints)}."
             )
         return self._checkpoints[name]
 

@@ -255,7 +255,7 @@ def files(tmp_path_factory):
             "The picture huge.png has too many pixels; please make it smaller to at most 60 million pixels.",
         ),
         ("good", "", "The prompt is empty; please ask something, for example: caption en"),
-        ("good", "cat " * 25_000, "The prompt has 99999 characters, but .* fit; please shorten it."),
+        ("good", "cat " * 25_000, "The prompt has 99999 characters, but this page takes 4096; please shorten it."),
         ("good", "cat " * 600, "The prompt has 60.* tokens, but this page takes 512; please shorten it."),
         ("good", "detect <image>", "The prompt contains the reserved token <image>; please remove it."),
     ],
@@ -372,11 +372,14 @@ def test_an_agent_finds_the_tools_and_calls_one(serve, tiny):
             tools = (await session.list_tools()).tools
             # As bytes: an address on the server's own machine would be refused.
             image = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
-            return tools, await session.call_tool("caption", {"image": image, "language": "en"})
+            result = await session.call_tool("caption", {"image": image, "language": "en"})
+            return tools, result, await session.call_tool("caption", {"image": "http://127.0.0.1:9/x.png"})
 
-    tools, result = run_async(call())
+    tools, result, refused = run_async(call())
     by_name = {tool.name.removeprefix("app_"): tool for tool in tools}
     assert set(by_name) == {"generate", "caption", "detect", "segment"}
     assert "boxes" in by_name["detect"].description
     assert by_name["detect"].inputSchema["properties"]["objects"]["description"]
     assert result.content[0].text == tiny.generate(PICTURE, "caption en")
+    assert refused.isError
+    assert re.match("A value of this call cannot be used .*; please send uploaded files", refused.content[0].text)

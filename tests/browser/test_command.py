@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -63,10 +65,31 @@ def test_the_command_serves_the_page():
 
 
 def test_a_private_page_lets_in_who_knows_the_password():
-    with served("--auth", "ada:love:lace") as (_, address):
+    with served(PALIGEMMA_AUTH="ada:love:lace") as (_, address):
         assert httpx.get(f"{address}/config").status_code == 401
+        start = time.monotonic()
         assert httpx.post(f"{address}/login", data={"username": "ada", "password": "wrong"}).status_code == 400
+        assert time.monotonic() - start > 1, "guessing takes time"
         Client(address, auth=("ada", "love:lace"), verbose=False)
+
+
+def test_other_sites_cannot_use_a_private_page_in_a_visitors_name():
+    with served("--auth", "ada:lovelace") as (_, address):
+        visitor = httpx.Client(base_url=address)
+        visitor.post("/login", data={"username": "ada", "password": "lovelace"})
+        for site, mode, status in (
+            ("same-origin", "cors", 200),
+            ("cross-site", "cors", 403),
+            ("same-site", "no-cors", 403),
+            ("cross-site", "navigate", 200),
+            ("none", "navigate", 200),
+        ):
+            headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Origin": "https://other.example"}
+            assert visitor.get("/config", headers=headers).status_code == status, (site, mode)
+        post = visitor.post(
+            "/gradio_api/call/caption", json={"data": []}, headers=headers | {"Sec-Fetch-Site": "cross-site"}
+        )
+        assert post.status_code == 403
 
 
 @pytest.mark.parametrize("pair", ["ada", "ada:", ":lovelace"])
@@ -83,6 +106,24 @@ def test_agents_need_one_more_package_which_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         app.main()
     assert 'pip install "gradio[mcp]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--port", "80000"], "The port 80000 is none; please choose one from 1024 to 65535."),
+        (["--port", "http"], "argument --port: invalid int value: 'http'"),
+        (["--host", "nowhere.invalid"], "The host nowhere.invalid is not known here"),
+        (["--auth", "ada:lovelace", "--mcp"], "--mcp cannot be protected with --auth"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_with_one_sentence(monkeypatch, capsys, arguments, sentence):
+    import app
+
+    monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
+    with pytest.raises(SystemExit):
+        app.main()
+    assert sentence in capsys.readouterr().err
 
 
 def test_spaces_around_a_setting_do_not_count(monkeypatch):
@@ -134,6 +175,84 @@ def test_the_end_waits_for_the_answer_under_way(tmp_path):
         log = process.stdout.read()
     assert "tokens=256" in log
     assert "outcome=finished" in log
+
+
+def test_at_the_end_who_waits_in_the_queue_is_told_at_once(tmp_path):
+    folder = save_reference(make_reference(std=0.2), tmp_path / "long_winded")
+    with served("--model", str(folder)) as (process, address):
+        clients = [Client(address, verbose=False) for _ in range(18)]
+        jobs = [
+            client.submit(handle_file(PICTURE), "caption en", max_new_tokens=256, api_name="/generate")
+            for client in clients
+        ]
+        for job in jobs[:2]:
+            next(iter(job))
+        process.send_signal(signal.SIGTERM)
+        outcomes = [job.exception(timeout=120) for job in jobs]
+        assert process.wait(timeout=60) == 0
+        assert "Traceback" not in process.stdout.read()
+    told = [str(error) for error in outcomes if error]
+    assert set(told) == {"The page is about to start anew; please ask again in a minute."}
+    assert len(told) <= 16
+    assert outcomes[:2] == [None, None]
+
+
+def test_who_interrupts_twice_does_not_wait(tmp_path):
+    folder = save_reference(make_reference(std=0.2), tmp_path / "long_winded")
+    with served("--model", str(folder), GRADIO_TEMP_DIR=str(tmp_path / "uploads")) as (process, address):
+        job = Client(address, verbose=False).submit(
+            handle_file(PICTURE), "\n".join(["caption en"] * 8), max_new_tokens=256, api_name="/generate"
+        )
+        next(iter(job))
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == 1
+        assert "Traceback" not in process.stdout.read()
+    assert not list((tmp_path / "uploads").glob("paligemma-*"))
+
+
+def test_uploads_go_when_the_page_does_and_a_full_disk_is_said(tmp_path):
+    with served(GRADIO_TEMP_DIR=str(tmp_path)) as (process, address):
+
+        def upload():
+            return httpx.post(f"{address}/gradio_api/upload", files={"files": PICTURE.open("rb")}, timeout=60)
+
+        assert upload().status_code == 200
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+        assert upload().text == "The server cannot store the file (File too large); please try again later."
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        assert "Traceback" not in process.stdout.read()
+    assert not list(tmp_path.glob("paligemma-*"))
+
+
+def test_no_call_gets_an_error_without_a_sentence_or_leaves_its_values_in_the_log():
+    with served() as (process, address):
+        api = f"{address}/gradio_api"
+        for event in httpx.get(f"{address}/config").json()["dependencies"]:
+            inputs = len(event["inputs"])
+            for data in (
+                [],
+                ["SECRET"] * 9,
+                [{"SECRET": 1}] * inputs,
+                [["SECRET"]] * inputs,
+                [None] * inputs,
+                [99] * inputs,
+            ):
+                session = f"{event['id']} {data}"
+                call = {"data": data, "fn_index": event["id"], "session_hash": session}
+                assert httpx.post(f"{api}/queue/join", json=call).status_code == 200
+                with httpx.stream("GET", f"{api}/queue/data", params={"session_hash": session}, timeout=60) as stream:
+                    message = next(line for line in stream.iter_lines() if "process_completed" in line)
+                end = json.loads(message.removeprefix("data: "))
+                assert end["success"] or end["output"]["error"], (event["api_name"], data)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        log = process.stdout.read()
+    assert "SECRET" not in log
+    assert "Traceback" not in log
+    assert "a call failed: TypeError in " in log
 
 
 def test_an_interruption_ends_without_a_traceback():

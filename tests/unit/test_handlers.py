@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -103,8 +105,16 @@ def test_an_earlier_answer_comes_back_and_can_be_saved(models, upload):
     assert Image.open(handlers.save_image(models, record)).size == (width, height)
     Path(image["path"]).unlink()
     for event in (handlers.save_image, handlers.save_objects):
-        with pytest.raises(PaliGemmaError, match="cats.png"):
+        with pytest.raises(PaliGemmaError, match="The picture cats.png was deleted meanwhile"):
             event(models, record)
+
+
+def test_of_answers_from_before_a_restart_a_sentence_says_that_they_are_forgotten(models):
+    for event in (handlers.save_image, handlers.save_objects):
+        with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
+            event(models, {})
+    with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
+        handlers.show_again(models, 2, [])
 
 
 @pytest.mark.parametrize(
@@ -174,8 +184,54 @@ def test_an_image_that_cannot_be_opened_gets_one_sentence(models, image, sentenc
         next(handlers.caption(models, image))
 
 
+@pytest.mark.parametrize("language", ["en\ndetect cat", "xx", "", None, ["en"], "e" * 5000])
+def test_a_language_that_is_none_is_refused(models, upload, language):
+    with pytest.raises(PaliGemmaError, match=r"^language is [\s\S]{,50}; please give one of ar, bn, "):
+        next(handlers.caption(models, upload("cats.png"), language))
+
+
+@pytest.mark.parametrize("checkpoint", [None, ["embedded"], {}, "another"])
+def test_a_checkpoint_that_is_not_offered_is_refused(models, upload, checkpoint):
+    with pytest.raises(PaliGemmaError, match="^The checkpoint .* is not offered here; please choose one of embedded"):
+        list(handlers.run(models, upload("cats.png"), "caption en", checkpoint, [], *GREEDY))
+
+
+@pytest.mark.parametrize("number", [0, -1, 257, 1.5, "many", None, 10**400, float("nan")])
+def test_a_length_is_refused_with_the_range_of_the_page(models, upload, number):
+    with pytest.raises(PaliGemmaError, match="^max_new_tokens is .*; please give a whole number from 1 to 256.$"):
+        list(handlers.generate(models, upload("cats.png"), "caption en", number))
+
+
+def test_a_long_prompt_is_refused_before_it_is_split_into_tokens(models, upload):
+    start = time.process_time()
+    with pytest.raises(PaliGemmaError, match="^The prompt has 4000000 characters, but this page takes 4096; please "):
+        list(handlers.generate(models, upload("cats.png"), "x" * 4_000_000))
+    assert time.process_time() - start < 1
+
+
 @pytest.mark.parametrize("objects", [None, 5, ["cat"]])
 def test_what_to_find_must_be_a_text(models, objects):
     for endpoint in (handlers.detect, handlers.segment):
         with pytest.raises(PaliGemmaError, match="^objects is .*; please give a text"):
             next(endpoint(models, {"path": "x"}, objects))
+
+
+def test_of_images_that_nobody_waits_for_few_are_being_read_and_soon_none(models, upload, monkeypatch):
+    monkeypatch.setattr(handlers, "STATUS_SECONDS", 0.01)
+    image = upload("cats.png")
+    Image.new("RGB", (7000, 7000)).save(image["path"], "JPEG", progressive=True)  # a second or so each
+    runs = [handlers.run(models, image, "caption en", EMBEDDED, [], *GREEDY) for _ in range(30)]
+    assert all(next(run) == {} for run in runs)
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+    assert len(readers) == handlers.MAX_READERS
+    for run in runs:
+        run.close()
+    start = time.process_time()
+    assert handlers._readers.submit(lambda: True).result(timeout=20)
+    time.sleep(1)
+    assert time.process_time() - start < 2
+
+
+def test_a_folder_is_no_image(models, upload, tmp_path):
+    with pytest.raises(PaliGemmaError, match="is a folder"):
+        next(handlers.caption(models, {"path": str(tmp_path)}))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import struct
+import time
 
 import numpy as np
 import pytest
 from conftest import write_png_that_claims
 from PIL import ExifTags, Image, PngImagePlugin
 
-from paligemma import PaliGemmaError
+from paligemma import PaliGemmaError, images
 from paligemma.images import open_image, to_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged metadata
@@ -186,3 +189,42 @@ def test_a_huge_image_is_refused_before_it_is_unpacked(tmp_path):
     write_png_that_claims(tmp_path / "large.png", 9_000, 9_000)
     with pytest.raises(PaliGemmaError, match="9000 × 9000 pixels.* at most 60 million"):
         open_image(tmp_path / "large.png", max_pixels=60_000_000)
+
+
+def test_an_image_with_a_side_that_no_screen_has_is_refused(tmp_path):
+    write_png_that_claims(tmp_path / "thin.png", 1, 60_000_000)
+    with pytest.raises(PaliGemmaError, match="1 × 60000000 pixels; please make no side longer than 32768"):
+        open_image(tmp_path / "thin.png", max_pixels=60_000_000)
+
+
+@pytest.fixture
+def repeated_scans(tmp_path):
+    """A JPEG whose last scan comes again and again."""
+
+    def save(times):
+        content = io.BytesIO()
+        thumbnail = Image.Exif()
+        thumbnail[ExifTags.Base.Make] = "\xff\xda" * 500  # in metadata, these bytes are no scan
+        Image.new("L", (7000, 7000), 77).save(content, "JPEG", progressive=True, exif=thumbnail)
+        head, scan = re.fullmatch(rb"(.*)(\xff\xda.*)\xff\xd9", content.getvalue(), re.DOTALL).groups()
+        (tmp_path / "scans.jpg").write_bytes(head + scan * times + b"\xff\xd9")
+        return tmp_path / "scans.jpg"
+
+    return save
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_unpacked(repeated_scans):
+    assert open_image(repeated_scans(5), max_pixels=60_000_000).size == (7000, 7000)
+    path, start = repeated_scans(2000), time.process_time()
+    with pytest.raises(PaliGemmaError, match="a JPEG of 2005 scans, but 100 are read"):
+        open_image(path, max_pixels=60_000_000)
+    assert time.process_time() - start < 1
+
+
+def test_an_image_that_takes_too_long_is_left(repeated_scans, monkeypatch):
+    monkeypatch.setattr(images, "MAX_JPEG_SCANS", 10_000)
+    monkeypatch.setattr(images, "MAX_SECONDS", 1)
+    start = time.process_time()
+    with pytest.raises(PaliGemmaError, match="takes too long to read"):
+        open_image(repeated_scans(2000), max_pixels=60_000_000)
+    assert time.process_time() - start < 5

@@ -337,7 +337,7 @@ def test_a_changed_checkpoint_gets_new_int8_weights(folder, int8_cache):
     paligemma.load(folder, dtype="int8")
     save_reference(make_reference(std=0.2, seed=1), folder)
     changed = paligemma.load(folder, dtype="int8")
-    assert len(list(int8_cache.iterdir())) == 2
+    assert len(list(int8_cache.iterdir())) == 1, "those of the old version are removed"
     assert_nearly_the_logits_of_float32(paligemma.load(folder, dtype="float32"), changed)
 
 
@@ -364,6 +364,29 @@ def test_int8_weights_that_are_not_whole_are_made_anew(folder, int8_cache, monke
     assert torch.equal(logits_of(paligemma.load(folder, dtype="int8")), expected)
     assert len(written) == 2
     assert sorted(int8_cache.glob("*/*.safetensors")) == files
+
+
+def test_flipped_bytes_are_noticed_and_made_good(folder, int8_cache, monkeypatch, written, caplog):
+    monkeypatch.setattr(quantized, "SHARD_BYTES", 10_000)
+    expected = logits_of(paligemma.load(folder, dtype="int8"))
+    for file in sorted(int8_cache.glob("*/*.safetensors")):
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 1  # in a weight or a scale
+        content[-len(content) // 3] ^= 64
+        file.write_bytes(content)
+    damaged = paligemma.load(folder, dtype="int8")
+    assert torch.equal(logits_of(damaged), expected)
+    assert "holds damaged int8 weights; the next start makes them anew" in caplog.text
+    assert torch.equal(logits_of(paligemma.load(folder, dtype="int8")), expected)
+    assert len(written) == 2
+
+
+def test_weights_of_a_checkpoint_beside_which_another_is_made_stay(folder, untied_folder, int8_cache, written):
+    for _ in range(2):
+        paligemma.load(folder, dtype="int8")
+        paligemma.load(untied_folder, dtype="int8")
+    assert len(written) == 2
+    assert len(list(int8_cache.iterdir())) == 2
 
 
 LOAD = """

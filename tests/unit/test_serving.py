@@ -131,11 +131,9 @@ def test_after_closing_nobody_begins_but_who_began_may_finish(tiny):
     machine = Machine(3, tiny)
     with machine.models.use("a"):
         machine.models.close()
-        assert not machine.models.wait_until_idle(0)
         assert machine.models.get("a") is tiny
         with pytest.raises(PaliGemmaError, match="ask again in a minute"):
             machine.use("a")
-    assert machine.models.wait_until_idle(0)
 
 
 def test_prompts_are_answered_together_and_the_image_is_encoded_once(tiny, monkeypatch):
