@@ -180,15 +180,14 @@ def build_page(models: Models) -> Page:
             return show(handlers.read_link(request.query_params, models.names))
 
         async def stop_answers(request: gr.Request) -> None:
-            page.answerings.stop(str(request.session_hash))
-            await page.answerings.wait(str(request.session_hash))
+            page.stop(str(request.session_hash))
 
         on_page = partial(_event, page, show=show, write=escape)
         to_file = partial(_event, page, write=escape)
 
         # --- what is pressed
 
-        running = gr.on(
+        gr.on(
             [start.click, prompt.submit],
             on_page(handlers.run, models),
             [image, more_images, prompt, checkpoint, history, *settings],
@@ -199,9 +198,7 @@ def build_page(models: Models) -> Page:
             show_progress_on=answers,  # the place in the queue shows where the answer will be
             **TOGETHER,
         )
-        # What was answered so far stays; who is not being answered yet leaves the queue.
-        stopped = stop.click(stop_answers, **AT_ONCE)
-        stopped.then(None, cancels=[running], api_visibility="private")
+        stop.click(stop_answers, **AT_ONCE)
         draw.click(handlers.draw_scene, None, image, **AT_ONCE)
         gr.on([task.input, language.input], handlers.choose_task, [task, language], prompt, **AT_ONCE)
         gr.on(

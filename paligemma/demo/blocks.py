@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from fastapi import HTTPException
+from gradio.server_messages import ProcessCompletedMessage
 from pydantic import ValidationError
 
 from .streaming import Answerings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_MESSAGES_SECONDS = 5  # for answers to reach those who wait for them
+SESSIONS_KEPT = 4  # for each place in the queue: sessions whose messages can still be read
 
 
 class Page(gr.Blocks):
@@ -77,6 +79,16 @@ class Page(gr.Blocks):
                 print_exception=False,
             ) from error
 
+    def stop(self, session: str) -> None:
+        """End what a session has asked for: what was answered so far stays, what waits leaves the queue."""
+        for one in self._queue.event_queue_per_concurrency_id.values():
+            for event in [event for event in one.queue if event.session_hash == session]:
+                one.queue.remove(event)
+                self._queue.event_ids_to_events.pop(event._id, None)
+                unchanged = {"data": [gr.skip()] * len(event.fn.outputs), "is_generating": False}
+                self._queue.send_message(event, ProcessCompletedMessage(output=unchanged, success=True))
+        self.answerings.stop(session)
+
     def own_files(self) -> set[str]:
         """The files in the folder of uploads that belong to the page itself, such as its examples; to be called early.
 
@@ -104,6 +116,8 @@ class Page(gr.Blocks):
         """
         queue = self.queue(default_concurrency_limit=1)._queue
         push, clean = queue.push, queue.clean_events
+        sessions = queue.pending_messages_per_session
+        sessions.max_size = SESSIONS_KEPT * length
 
         def refuse_all() -> None:
             times = queue.process_time_per_fn.values()
@@ -127,6 +141,8 @@ class Page(gr.Blocks):
 
         async def push_or_refuse(body: PredictBodyInternal, request: fastapi.Request, username: str | None) -> tuple:
             self.answerings.forget_unread(queue)
+            if body.session_hash in sessions:  # else it counts as old as when it first asked
+                sessions.move_to_end(body.session_hash)
             queues = list(queue.event_queue_per_concurrency_id.values())
             clients = [client_address(event.request) for one in queues for event in one.queue]
             if len(clients) >= length:

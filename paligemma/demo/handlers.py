@@ -111,6 +111,7 @@ def run(
         the end `record`, and `history` with it.
     """
     opened, record = yield from open_uploads(image, more_images, meanwhile={})
+    count = len(opened)
     # What was shown before goes, also if this answer is stopped.
     yield {"figure": "", "answers": "", "speed": "", "is_answered": False}
     drawn: list[rendering.MarkedObject] | None = None
@@ -121,7 +122,7 @@ def run(
             continue
         step = {
             "answers": rendering.answers_html(answers, objects, EMPTY_ANSWER),
-            "speed": _speed(answers, len(opened)),
+            "speed": _speed(answers, count),
         }
         if objects is not drawn:
             drawn = objects
@@ -272,14 +273,15 @@ def generate(
         more_images: others that come before the prompt with the first, for checkpoints that were trained on several
     """
     opened, _ = yield from open_uploads(image, more_images, meanwhile=("", []))
+    size = opened[0].size
     settings = read_settings((max_new_tokens, temperature, top_k, top_p, seed))
     text, objects = "", list[rendering.MarkedObject]()
     for status, answers, objects in _answer(models, models.names[0], opened, prompt, settings):
         if not status:
             text = "\n".join(answer.text for answer in answers)
-            yield text, rendering.to_json(objects, opened[0].size, with_masks=False)
+            yield text, rendering.to_json(objects, size, with_masks=False)
     if any(marked.mask is not None for marked in objects):
-        yield text, rendering.to_json(objects, opened[0].size)
+        yield text, rendering.to_json(objects, size)
 
 
 def caption(models: Models, image: object, language: str = ENGLISH) -> Iterator[str]:
@@ -410,7 +412,7 @@ def _result(steps: Generator[object, None, T]) -> T:
 
 
 def _answer(
-    models: Models, checkpoint: str, images: Sequence[Image.Image], prompt: str, settings: dict[str, Any]
+    models: Models, checkpoint: str, images: list[Image.Image], prompt: str, settings: dict[str, Any]
 ) -> Iterator[tuple[str, list[Answer], list[rendering.MarkedObject]]]:
     """Yield how far the loading is, then the answers so far and their objects, which are a new list when they change."""
     prompts = [line for line in map(str.strip, str(prompt or "").splitlines()) if line] or [prompt]

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, Timer
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -26,6 +26,7 @@ _Answering = Callable[..., Generator["list[Answer] | PaliGemmaError", None, None
 
 EMBEDDED = "embedded"
 STATUS_SECONDS = 0.5  # between two reports of how far the loading is
+IDLE_SECONDS = 5  # before freed memory goes back to the system: while answers follow each other, they reuse it
 FREE_QUESTION = "question"
 
 # What to call, from whatever thread, to end the answer that is made in this context.
@@ -85,6 +86,7 @@ class Models:
         self._lock = Lock()
         self._loads_when_asked = True
         self._is_closing = False
+        self._trimming: Timer | None = None
 
     @property
     def names(self) -> list[str]:
@@ -145,6 +147,11 @@ class Models:
             with self._lock:
                 checkpoint.users -= 1
                 checkpoint.last_used = time.monotonic()
+                if self._trimming is not None:
+                    self._trimming.cancel()
+                self._trimming = Timer(IDLE_SECONDS, self._trim)
+                self._trimming.daemon = True
+                self._trimming.start()
 
     def wait(self, name: str) -> Iterator[str]:
         """Yield the status again and again until the checkpoint is loaded, or has failed to."""
@@ -162,7 +169,7 @@ class Models:
         return self.start(name).result()
 
     def answer(
-        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer]]:
         """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
         is_stopped = Event()  # for ZeroGPU, where the tokens are computed in another process
@@ -176,7 +183,7 @@ class Models:
                     return
 
     def _answers_or_error(
-        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Generator[list[Answer] | PaliGemmaError, None, None]:
         """Yield what `answer_prompts` yields, and an error that a caller can act on as the last value.
 
@@ -209,6 +216,10 @@ class Models:
         except BaseException as error:  # reaches whoever waits
             log.warning("%s cannot be loaded: %s", checkpoint.source or EMBEDDED, error)
             loading.set_exception(error)
+
+    def _trim(self) -> None:
+        if not any(checkpoint.users for checkpoint in self._checkpoints.values()):
+            _free()
 
     def _make_room(self, needed: int) -> None:
         """Unload idle checkpoints, the least recently used first, until `needed` bytes are free."""
@@ -282,7 +293,7 @@ class Answer:
 
 
 def answer_prompts(
-    vlm: VisionLanguageModel, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
+    vlm: VisionLanguageModel, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
 ) -> Iterator[list[Answer]]:
     """Answer prompts together, each about all of the images; their features are computed once.
 
@@ -290,12 +301,15 @@ def answer_prompts(
     what was asked or shown.
 
     Args:
+        images: taken out of the list when they are read, since they are large, and answers take long.
         settings: as for `VisionLanguageModel.stream`.
 
     Yields:
         the answers so far.
     """
+    size = images[0].size
     tokens = vlm.stream_batch([images] * len(prompts), prompts, **settings)
+    images.clear()
     answers = [Answer(prompt) for prompt in prompts]
     ON_STOP.get([]).append(tokens.close)
     start, outcome = time.perf_counter(), "stopped"
@@ -317,16 +331,16 @@ def answer_prompts(
     finally:
         tokens.close()
         for answer in answers:
-            _log(answer, images[0], "finished" if answer.is_finished else outcome)
+            _log(answer, size, "finished" if answer.is_finished else outcome)
 
 
-def _log(answer: Answer, image: Image.Image, outcome: str) -> None:
+def _log(answer: Answer, size: tuple[int, int], outcome: str) -> None:
     task = task_of(answer.prompt)
     first, rate = answer.seconds_to_first_token, answer.tokens_per_second
     log.info(
         "task=%s picture=%dx%d prompt_characters=%d tokens=%d first_token=%s tokens_per_second=%s outcome=%s",
         task.word if task else FREE_QUESTION,
-        *image.size,
+        *size,
         len(answer.prompt),
         len(answer.times),
         "-" if first is None else f"{first:.3f}s",

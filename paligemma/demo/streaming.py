@@ -101,11 +101,6 @@ class Answerings:
         if self._forgetting is None:
             self._forgetting = asyncio.create_task(_forget_unread(queue))
 
-    async def wait(self, session: str) -> None:
-        """Wait until a session's answers are sent."""
-        while session in self._under_way:
-            await asyncio.sleep(READ_AGAIN_SECONDS)
-
 
 async def _is_read(queue: Queue, event: Event) -> bool:
     """Wait until a client has read most of what was sent to it; False if it is gone."""

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/soak.py                                # 64 visitors at once, a question each
     python tests/benchmarks/soak.py --requests 3000 --clients 8    # a line every 500 requests
+    python tests/benchmarks/soak.py --unread 4                     # beside large questions whose answers nobody reads
     python tests/benchmarks/soak.py --root OTHER_TREE              # the same with another version of the project
 
 Starts `app.py` on a free port of this machine with the embedded checkpoint (or what follows `--`, such as `-- --model
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import os
 import re
@@ -22,11 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import psutil
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "paligemma" / "demo" / "examples"
@@ -38,6 +42,7 @@ QUESTIONS = [
     ("sign.png", "ocr"),
 ]
 STEP = 500  # requests between two lines
+AFTER_UNREAD = 60  # seconds
 
 
 @dataclass
@@ -55,7 +60,8 @@ async def ask(client: httpx.AsyncClient, page: str, paths: dict[str, str], numbe
     name, prompt = QUESTIONS[number % len(QUESTIONS)]
     start, first = time.perf_counter(), None
     answer = await client.post(
-        f"{page}/call/generate", json={"data": [{"path": paths[name]}, prompt, 64, 0, 0, 1, None]}
+        f"{page}/call/generate",
+        json={"data": [{"path": paths[name]}, prompt, 64, 0, 0, 1, None], "session_hash": uuid.uuid4().hex},
     )
     if answer.status_code != 200:
         tally.refusals.append(f"HTTP {answer.status_code}")
@@ -76,7 +82,19 @@ async def ask(client: httpx.AsyncClient, page: str, paths: dict[str, str], numbe
         tally.refusals.append(event)
 
 
-async def soak(page: str, process: psutil.Process, uploads: Path, log: Path, requests: int, clients: int) -> None:
+async def ask_unread(client: httpx.AsyncClient, page: str, count: int) -> None:
+    """Ask so many times for many masks in an image of 4000 x 4000 pixels, and read no answer."""
+    file = io.BytesIO()
+    Image.open(EXAMPLES / "traffic.png").convert("RGB").resize((4000, 4000)).save(file, "jpeg")
+    (path,) = (await client.post(f"{page}/upload", files={"files": ("large.jpg", file.getvalue())})).json()
+    values = [{"path": path}, "\n".join(["segment car ; bus ; tree ; dog"] * 8), 256, 0, 0, 1, None]
+    for _ in range(count):
+        await client.post(f"{page}/call/generate", json={"data": values})
+
+
+async def soak(
+    page: str, process: psutil.Process, uploads: Path, log: Path, requests: int, clients: int, unread: int
+) -> None:
     places = asyncio.Semaphore(clients)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
@@ -90,6 +108,8 @@ async def soak(page: str, process: psutil.Process, uploads: Path, log: Path, req
                 await ask(client, page, paths, number, tally)
 
         await one(0, Tally())  # the first answer warms up
+        before = process.memory_info().rss
+        await ask_unread(client, page, unread)
         print("requests answered refused  median    p95  first  tokens/s  memory  files threads uploads", flush=True)
         for begin in range(0, requests, STEP):
             end, tally = min(begin + STEP, requests), Tally()
@@ -107,6 +127,10 @@ async def soak(page: str, process: psutil.Process, uploads: Path, log: Path, req
             )
             for sentence in sorted(set(tally.refusals)):
                 print(f"         {tally.refusals.count(sentence)} × {sentence}")
+        if unread:
+            await asyncio.sleep(AFTER_UNREAD)
+            grown = (process.memory_info().rss - before) / 1e6
+            print(f"{grown:.0f} MB more than at the start, {AFTER_UNREAD} s after the last answer")
 
 
 def count_tokens(log: Path) -> int:
@@ -118,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--clients", type=int, default=64, help="how many ask at the same time")
+    parser.add_argument("--unread", type=int, default=0, help="how many ask first, for much, and read nothing")
     parser.add_argument("--root", type=Path, default=ROOT, help="the tree whose app.py is started")
     parser.add_argument("arguments", nargs="*", help="further arguments of app.py, after --")
     options = parser.parse_args()
@@ -144,7 +169,8 @@ def main() -> None:
                     if server.poll() is not None:
                         sys.exit(log.read_text())
                     time.sleep(0.5)
-            asyncio.run(soak(page, psutil.Process(server.pid), uploads, log, options.requests, options.clients))
+            process = psutil.Process(server.pid)
+            asyncio.run(soak(page, process, uploads, log, options.requests, options.clients, options.unread))
         finally:
             server.terminate()
             server.wait(timeout=120)

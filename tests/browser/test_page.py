@@ -339,6 +339,26 @@ def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, serve, watched, mo
     second.click("#stop")
 
 
+def test_stop_leaves_the_queue(open_page, serve, watched, monkeypatch):
+    monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
+    address = serve(watched)
+    first, second = open_page(address), open_page(address)
+    for tab in (first, second):
+        upload(tab, PICTURE)
+    before = watched.tokens
+    first.click("#run")
+    wait_until(lambda: watched.tokens > before, tab=first)
+    second.click("#run")
+    place = second.get_by_text("queue: 1/1")
+    expect(place).to_be_visible(timeout=20_000)
+    second.click("#stop")
+    expect(place).to_be_hidden(timeout=20_000)
+    first.click("#stop")
+    wait_until(lambda: not watched.engine._running, tab=first)
+    second.wait_for_timeout(1500)
+    assert not watched.engine._running
+
+
 def test_closing_the_tab_ends_the_generation(open_page, long_winded_address, watched):
     tab = open_page(long_winded_address)
     upload(tab, PICTURE)
