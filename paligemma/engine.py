@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .config import PaliGemmaError
-from .hardware import lack_of_memory
+from .hardware import give_back_freed_memory_later, lack_of_memory
 from .kv_cache import KVCache
 from .model import PaliGemma
 from .sequence import Closed, TokenSequence
@@ -104,6 +104,7 @@ class Engine:
                 # Without the latest, the others may have enough memory.
                 for sequence in self._running if explained is error else self._running[-1:]:
                     sequence.put(explained)
+        give_back_freed_memory_later()
 
     def _wait_for_work(self) -> bool:
         """Let go who is closed; False if nobody is left, else True as soon as there is something to compute."""
@@ -143,7 +144,11 @@ class Engine:
         capacity = self._waiting[0].capacity
         if capacity > self._cache.capacity and not self._running:
             self._cache = self._no_cache()  # its memory goes before that of the next is taken
-            self._cache = self._make_cache(capacity)
+            try:
+                self._cache = self._make_cache(capacity)
+            except Exception as error:
+                self._waiting.popleft().put(lack_of_memory(error, self.model.device))
+                return self._has_place()  # others may need less
         return capacity <= self._cache.capacity and len(self._running) < len(self._cache.lengths)
 
     def _no_cache(self) -> KVCache:

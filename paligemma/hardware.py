@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LARGE = 500_000_000
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
 KEPT_BYTES = 2**30
+IDLE_SECONDS = 5.0  # after which what has been freed is given back
+LACK_OF_MEMORY = re.compile(
+    "can(no|')t allocate memory|not enough memory", re.IGNORECASE
+)  # of torch, and of the kernel
 PROC, CGROUPS, DEVICES = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev")
 
 
@@ -73,7 +79,7 @@ def _has_nvidia_gpu() -> bool:
 
 def lack_of_memory(error: Exception, device: torch.device) -> Exception:
     """The error itself, or if it says that the memory of `device` is full, a PaliGemmaError that says what to do."""
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not LACK_OF_MEMORY.search(str(error)):
         return error
     return PaliGemmaError(
         f"The memory of {device} is too small; please choose the dtype bfloat16, a smaller checkpoint or a larger machine."
@@ -244,6 +250,18 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Let glibc, where it is the C library, give the kernel what has been freed since."""
     _call_glibc("malloc_trim", 0)
+
+
+_giving_back = Timer(0.0, give_back_freed_memory)
+
+
+def give_back_freed_memory_later() -> None:
+    """Give back what is free after `IDLE_SECONDS`, unless this is called again before: prefills in a row keep theirs."""
+    global _giving_back
+    _giving_back.cancel()
+    _giving_back = Timer(IDLE_SECONDS, give_back_freed_memory)
+    _giving_back.daemon = True
+    _giving_back.start()
 
 
 def _call_glibc(name: str, *arguments: int) -> None:

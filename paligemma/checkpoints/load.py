@@ -76,15 +76,15 @@ def load(
     config = BigVisionFile(folder / npz).config if npz else PaliGemmaConfig.from_file(folder / CONFIG_FILE)
     refuse_too_large(config)
     processor = Processor.from_file(config, find_tokenizer(folder if tokenizer is None else Path(tokenizer)))
-    tensors = find_tensors([folder / npz] if npz else weight_files(folder))
-    config, tensors = resolve_output_layer(processor.config, tensors)
-    model = empty_model(config)
-    check_tensors(model, tensors, folder)
-    if device.type == "cpu":
-        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-    weight_dtype = wanted or choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
-    make_room(weight_bytes(model, weight_dtype))
     with explained_lack_of_memory(device):
+        tensors = find_tensors([folder / npz] if npz else weight_files(folder))
+        config, tensors = resolve_output_layer(processor.config, tensors)
+        model = empty_model(config)
+        check_tensors(model, tensors, folder)
+        if device.type == "cpu":
+            torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+        weight_dtype = wanted or choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
+        make_room(weight_bytes(model, weight_dtype))
         if weight_dtype == torch.int8:
             load_int8_weights(model, tensors, progress)
         else:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..config import PaliGemmaConfig, PaliGemmaError
+from ..hardware import lack_of_memory
 from ..model import PaliGemma
 from .big_vision import BigVisionFile
 from .formats import INDEX_FILE, SINGLE_FILE, foreign_tensors
@@ -162,6 +163,8 @@ def open_file(file: Path) -> safe_open | BigVisionFile:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        if lack_of_memory(error, torch.device("cpu")) is not error:
+            raise MemoryError from error
         raise PaliGemmaError(
             f"{file} is truncated or damaged ({error}), expected a whole safetensors file; please fetch it again."
         ) from error

@@ -10,12 +10,14 @@ import json
 import math
 import os
 import tempfile
+import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
@@ -45,6 +47,8 @@ MAX_LINK_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
 MAX_LINK_CHARACTERS = 2000
 MAX_HISTORY = 8
 SCENE_SIZE, SCENE_OBJECTS = 336, 6  # pixels, and how many at most
+MAX_HELD_PIXELS = MAX_PIXELS  # of images that are being asked about; more are not read until one of these goes
+HELD_SECONDS, MAX_HELD_SECONDS = 0.1, 30  # between two looks at that, and at most
 MAX_READERS = 2  # images read at the same time, each of which may take half a gigabyte; others wait
 
 TASK_BY_NAME = {task.name: task for task in TASKS}
@@ -80,6 +84,19 @@ SETTINGS = (
 )
 LINK_FIELDS = ("prompt", "checkpoint", *(setting.name for setting in SETTINGS))
 
+
+class _Count:
+    """A number that threads add to."""
+
+    def __init__(self) -> None:
+        self.total, self._lock = 0, Lock()
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            self.total += number
+
+
+_held_pixels = _Count()
 _readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
 T = TypeVar("T")
 
@@ -385,7 +402,7 @@ def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
     if not os.path.exists(path):
         raise PaliGemmaError(f"The picture {shorten(Path(path).name)} was deleted meanwhile; please upload it again.")
     is_over = Event()
-    reading: Future[Image.Image] = _readers.submit(open_image, path, MAX_PIXELS, lambda: not is_over.is_set())
+    reading: Future[Image.Image] = _readers.submit(_read, path, is_over)
     try:
         while wait([reading], STATUS_SECONDS).not_done:
             yield meanwhile
@@ -393,6 +410,17 @@ def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
     finally:
         is_over.set()
         reading.cancel()
+
+
+def _read(path: str, is_over: Event) -> Image.Image:
+    """Read an image once there is place for it among those that are being asked about, which it takes while it lives."""
+    end = time.monotonic() + MAX_HELD_SECONDS
+    while _held_pixels.total >= MAX_HELD_PIXELS and time.monotonic() < end and not is_over.wait(HELD_SECONDS):
+        pass
+    image = open_image(path, MAX_PIXELS, lambda: not is_over.is_set())
+    _held_pixels.add(image.width * image.height)
+    weakref.finalize(image, _held_pixels.add, -image.width * image.height)
+    return image
 
 
 def _path(record: Record) -> str:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import paligemma
-from paligemma import PaliGemmaError, engine
+from paligemma import PaliGemmaError, engine, hardware
 from paligemma import VisionLanguageModel as VLM
 from paligemma.engine import PREFILL_SHARE, Engine
 from paligemma.sequence import MAX_AHEAD
@@ -244,3 +244,27 @@ def test_a_compiled_step_is_one_graph_a_bucket_and_never_compiled_again(vlm, mon
         assert vlm.generate_batch(IMAGES, PROMPTS, max_new_tokens=20) == expected
     assert isinstance(vlm.engine, Engine)
     assert len(graphs) <= 3  # for one, two and four rows
+
+
+def test_who_needs_a_cache_that_the_memory_does_not_hold_is_told_and_others_are_answered(vlm, monkeypatch):
+    make, failures = vlm.engine._make_cache, [RuntimeError("DefaultCPUAllocator: can't allocate memory")] * 2
+
+    def fail_twice(capacity, rows):
+        if rows and failures:
+            raise failures.pop()
+        return make(capacity, rows)
+
+    monkeypatch.setattr(vlm.engine, "_make_cache", fail_twice)
+    with pytest.raises(PaliGemmaError, match="The memory of cpu is too small"):
+        vlm.generate_batch(IMAGES[:2], PROMPTS[:2], max_new_tokens=3)
+    assert vlm.generate(IMAGES[0], PROMPTS[0], max_new_tokens=3)
+
+
+def test_freed_memory_is_given_back_once_nothing_has_been_asked_for_a_while(vlm, monkeypatch):
+    given_back = threading.Event()
+    monkeypatch.setattr(hardware, "IDLE_SECONDS", 1.0)
+    monkeypatch.setattr(hardware, "give_back_freed_memory", given_back.set)
+    for _ in range(3):
+        vlm.generate(IMAGES[0], PROMPTS[0], max_new_tokens=2)
+        assert not given_back.wait(0.3)
+    assert given_back.wait(10)

@@ -232,6 +232,16 @@ def test_of_images_that_nobody_waits_for_few_are_being_read_and_soon_none(models
     assert time.process_time() - start < 2
 
 
+def test_large_images_are_read_when_others_are_done_with(upload, monkeypatch):
+    monkeypatch.setattr(handlers, "STATUS_SECONDS", 0.01)
+    monkeypatch.setattr(handlers, "MAX_HELD_PIXELS", 100)
+    image = upload("cats.png")
+    (opened, _), second = handlers._result(handlers.open_upload(image, None)), handlers.open_upload(image, "meanwhile")
+    assert [next(second) for _ in range(50)] == ["meanwhile"] * 50
+    del opened
+    assert handlers._result(second)[0].size == Image.open(image["path"]).size
+
+
 def test_a_folder_is_no_image(models, upload, tmp_path):
     with pytest.raises(PaliGemmaError, match="is a folder"):
         next(handlers.caption(models, {"path": str(tmp_path)}))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 
 import huggingface_hub
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 
 import paligemma
@@ -71,3 +73,21 @@ def test_loading_refuses_what_cannot_fit_before_weights_are_read(tmp_path, monke
     monkeypatch.setattr(module, "total_memory", lambda device: 1000)
     with pytest.raises(paligemma.PaliGemmaError, match=f"{tmp_path} has .* please choose a smaller checkpoint or"):
         load(tmp_path, device="cpu", dtype="float32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_memory_that_ends_while_loading_is_a_sentence(dtype):
+    script = f"""
+import paligemma, re, resource, torch
+import paligemma.checkpoints.load
+torch.ones(2, 2) @ torch.ones(2, 2)
+taken = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) + 20 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
+try:
+    paligemma.load(dtype={dtype!r})
+except paligemma.PaliGemmaError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert ran.stdout.startswith("The memory of cpu is too small; please choose the dtype bfloat16, "), ran.stderr
