@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from threading import Event, Lock, Thread, Timer
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -26,7 +26,6 @@ _Answering = Callable[..., Generator["list[Answer] | PaliGemmaError", None, None
 
 EMBEDDED = "embedded"
 STATUS_SECONDS = 0.5  # between two reports of how far the loading is
-IDLE_SECONDS = 5  # before freed memory goes back to the system: while answers follow each other, they reuse it
 FREE_QUESTION = "question"
 
 # What to call, from whatever thread, to end the answer that is made in this context.
@@ -86,7 +85,6 @@ class Models:
         self._lock = Lock()
         self._loads_when_asked = True
         self._is_closing = False
-        self._trimming: Timer | None = None
 
     @property
     def names(self) -> list[str]:
@@ -147,11 +145,6 @@ class Models:
             with self._lock:
                 checkpoint.users -= 1
                 checkpoint.last_used = time.monotonic()
-                if self._trimming is not None:
-                    self._trimming.cancel()
-                self._trimming = Timer(IDLE_SECONDS, self._trim)
-                self._trimming.daemon = True
-                self._trimming.start()
 
     def wait(self, name: str) -> Iterator[str]:
         """Yield the status again and again until the checkpoint is loaded, or has failed to."""
@@ -216,10 +209,6 @@ class Models:
         except BaseException as error:  # reaches whoever waits
             log.warning("%s cannot be loaded: %s", checkpoint.source or EMBEDDED, error)
             loading.set_exception(error)
-
-    def _trim(self) -> None:
-        if not any(checkpoint.users for checkpoint in self._checkpoints.values()):
-            _free()
 
     def _make_room(self, needed: int) -> None:
         """Unload idle checkpoints, the least recently used first, until `needed` bytes are free."""
