@@ -275,8 +275,8 @@ class Answers:
             for question in questions(rng, scene)
         }
 
-    def generate(self, image, prompt, max_new_tokens):
-        return self.answers[id(image), prompt]
+    def generate_batch(self, images, prompts, max_new_tokens):
+        return [self.answers[id(image), prompt] for image, prompt in zip(images, prompts)]
 
 
 def test_scores_are_full_for_true_answers_only(painter):
