@@ -12,21 +12,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial, update_wrapper
 from html import escape
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # else it keeps 10,000, and sums them up after each
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
+from starlette.middleware import Middleware
 
 import paligemma
 from paligemma.demo import handlers, rendering
-from paligemma.demo.blocks import Page
+from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Models, load_checkpoint
 from paligemma.demo.theme import THEME
@@ -35,7 +37,10 @@ from paligemma.prompts import ENGLISH, LANGUAGES, TASKS
 
 TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
-MAX_QUEUE_LENGTH = 100
+MAX_QUEUE_LENGTH = 128
+MAX_CLIENT_SHARE = 64  # of the queue, for one address
+MAX_SESSIONS = 500  # whose answers can be chosen again; each takes about 0.1 MB
+MAX_BODY_LENGTH = 128_000  # bytes
 FILES_KEPT_SECONDS = 3600
 LAST_ANSWERS_SECONDS = 60  # for what streams when the server is asked to end
 
@@ -48,11 +53,17 @@ EXAMPLES = [
     ["sign.png", "ocr"],
 ]
 NOTHING_YET = '<p class="nothing-yet">The answer appears here, with boxes and masks on the picture.</p>'
+MORE_PICTURES = (
+    "These come before the prompt together with the picture above, for checkpoints that were trained on several. Boxes and "
+    "masks are drawn on the one above."
+)
 LAUNCH_SETTINGS: dict[str, Any] = {
     "theme": THEME,
     "css": rendering.linking_css(),
     "css_paths": DEMO_FOLDER / "page.css",
     "max_file_size": MAX_FILE_SIZE,
+    "state_session_capacity": MAX_SESSIONS,
+    "app_kwargs": {"middleware": [Middleware(BodyLimit, length=MAX_BODY_LENGTH)]},
     "ssr_mode": False,
 }
 # The browser's part: it has the clipboard, its own address, and the files that were made for it.
@@ -82,6 +93,7 @@ def build_page(models: Models) -> gr.Blocks:
                 image = gr.Image(
                     label="Picture", sources=["upload", "webcam", "clipboard"], height=210, elem_id="picture"
                 )
+                more_images = _more_pictures()
                 draw = gr.Button("New scene", size="sm", visible=first == EMBEDDED, elem_id="draw")
                 task = gr.Radio([task.name for task in TASKS], value=TASKS[0].name, label="Task", elem_id="tasks")
                 language = gr.Dropdown(
@@ -137,7 +149,14 @@ def build_page(models: Models) -> gr.Blocks:
 
         # What the handlers change, by the names that they give it.
         parts: dict[str, Component] = {"about": about, "status": status, "image": image, "task": task, "prompt": prompt}
-        parts |= {"hint": hint, "checkpoint": checkpoint, "figure": figure, "answers": answers, "speed": speed}
+        parts |= {
+            "more_images": more_images,
+            "hint": hint,
+            "checkpoint": checkpoint,
+            "figure": figure,
+            "answers": answers,
+            "speed": speed,
+        }
         parts |= {"record": record, "history": history} | dict(zip((one.name for one in SETTINGS), settings))
         optional = {"is_answered": actions, "has_language": language, "can_draw": draw}
 
@@ -159,15 +178,19 @@ def build_page(models: Models) -> gr.Blocks:
         def open_link(request: gr.Request) -> dict[Block, Any]:
             return show(handlers.read_link(request.query_params, models.names))
 
-        on_page = partial(_event, show=show, write=escape)
-        to_file = partial(_event, show=downloadable, write=escape)
+        async def stop_answers(request: gr.Request) -> None:
+            page.answerings.stop(str(request.session_hash))
+            await page.answerings.wait(str(request.session_hash))
+
+        on_page = partial(_event, page, show=show, write=escape)
+        to_file = partial(_event, page, show=downloadable, write=escape)
 
         # --- what is pressed
 
         running = gr.on(
             [start.click, prompt.submit],
             on_page(handlers.run, models),
-            [image, prompt, checkpoint, history, *settings],
+            [image, more_images, prompt, checkpoint, history, *settings],
             [figure, answers, speed, actions, record, history, past_answers],
             # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
             preprocess=False,
@@ -175,7 +198,9 @@ def build_page(models: Models) -> gr.Blocks:
             show_progress_on=answers,  # the place in the queue shows where the answer will be
             **TOGETHER,
         )
-        stop.click(None, cancels=[running], api_visibility="private")
+        # What was answered so far stays; who is not being answered yet leaves the queue.
+        stopped = stop.click(stop_answers, **AT_ONCE)
+        stopped.then(None, cancels=[running], api_visibility="private")
         draw.click(handlers.draw_scene, None, image, **AT_ONCE)
         gr.on([task.input, language.input], handlers.choose_task, [task, language], prompt, **AT_ONCE)
         gr.on(
@@ -193,7 +218,7 @@ def build_page(models: Models) -> gr.Blocks:
         past_answers.click(
             on_page(handlers.show_again, models),
             [past_answers, history],
-            [image, prompt, figure, answers, speed, record, actions],
+            [image, more_images, prompt, figure, answers, speed, record, actions],
             **AT_ONCE,
         )
         # A visitor who comes while the model is being loaded sees how far it is.
@@ -205,9 +230,24 @@ def build_page(models: Models) -> gr.Blocks:
             **AT_ONCE,
         )
         page.load(open_link, None, [prompt, checkpoint, *settings], **AT_ONCE)
-        _add_endpoints(models, prompt, settings)
-        page.limit_queue(MAX_QUEUE_LENGTH)
+        _add_endpoints(page, models, prompt, settings)
+        page.limit_queue(MAX_QUEUE_LENGTH, MAX_CLIENT_SHARE)
     return page
+
+
+def _more_pictures() -> gr.Gallery:
+    """A place for further pictures, folded away."""
+    with gr.Accordion("More pictures", open=False):
+        gr.Markdown(MORE_PICTURES)
+        return gr.Gallery(
+            label="Further pictures",
+            file_types=["image"],
+            sources=["upload", "clipboard"],
+            columns=4,
+            object_fit="contain",
+            height=160,
+            elem_id="more-pictures",
+        )
 
 
 def _settings(checkpoints: list[str]) -> tuple[gr.Dropdown, list[Component]]:
@@ -223,11 +263,12 @@ def _settings(checkpoints: list[str]) -> tuple[gr.Dropdown, list[Component]]:
         return checkpoint, [*sliders, gr.Textbox(label=seed.label, max_lines=1, max_length=19, elem_id=seed.name)]
 
 
-def _add_endpoints(models: Models, prompt: gr.Textbox, settings: list[Component]) -> None:
+def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: list[Component]) -> None:
     """The endpoints for programs and agents, each named and described as its handler is."""
     with gr.Row(visible=False):
         call = gr.Button()
         image = gr.Image(label="Picture", type="filepath")
+        more_images = gr.File(label="Further pictures", file_count="multiple")
         language = gr.Dropdown(list(LANGUAGES), value=ENGLISH, label="Language code")
         kinds = gr.Textbox(label="What to find, such as “cat” or “cat ; dog”")
         seed = gr.Number(label=settings[-1].label, precision=0)
@@ -235,15 +276,19 @@ def _add_endpoints(models: Models, prompt: gr.Textbox, settings: list[Component]
         marked = gr.Image(label="The picture with boxes or masks drawn on it", format="png")
         objects = gr.JSON(label="Objects: label, box [x_min, y_min, x_max, y_max] in pixels, mask as COCO run lengths")
     for handler, inputs, outputs in (
-        (handlers.generate, [image, prompt, *settings[:-1], seed], [text, objects]),
+        (handlers.generate, [image, prompt, *settings[:-1], seed, more_images], [text, objects]),
         (handlers.caption, [image, language], text),
         (handlers.detect, [image, kinds], [marked, objects]),
         (handlers.segment, [image, kinds], [marked, objects]),
     ):
-        call.click(_event(handler, models), inputs, outputs, preprocess=False, api_name=handler.__name__, **TOGETHER)
+        call.click(
+            _event(page, handler, models), inputs, outputs, preprocess=False, api_name=handler.__name__, **TOGETHER
+        )
 
 
-def _event(handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str) -> Callable:
+def _event(
+    page: Page, handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str
+) -> Callable:
     """A handler as Gradio calls it, with its first arguments given and its errors as Gradio's.
 
     Args:
@@ -263,9 +308,11 @@ def _event(handler: Callable, *given: object, show: Callable = lambda shown: sho
         with sentences():
             return show(call(*values))
 
-    def stream(*values: object) -> Iterator[object]:
+    async def stream(*values: object) -> AsyncIterator[object]:
         with sentences():
-            yield from map(show, call(*values))
+            async with aclosing(page.answerings.stream(call(*values))) as steps:
+                async for step in steps:
+                    yield show(step)
 
     called = stream if inspect.isgeneratorfunction(handler) else event
     called.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]  # Gradio reads it
@@ -277,6 +324,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("paligemma").setLevel(logging.INFO)
     loading = {"device": arguments.device or None, "dtype": arguments.dtype or "auto", "compile": arguments.compile}
+    loading["tokenizer"] = arguments.tokenizer or None
     sources = [None if source == EMBEDDED else source for source in arguments.sources]
     models = Models(sources, partial(load_checkpoint, settings=loading), borrow_gpu=borrow_gpu)
     if IS_ZERO_GPU:
@@ -324,6 +372,7 @@ def _parse_arguments() -> argparse.Namespace:
     add("models", f"several of them, with commas between, for a menu; `{EMBEDDED}` is the small one that ships inside")
     add("device", "cpu, cuda or mps")
     add("dtype", "auto, float32, bfloat16, float16 or int8 (x86 CPUs)")
+    add("tokenizer", "a tokenizer.json, or a folder that holds one, for all checkpoints but the embedded one")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step (CUDA)")
     parser.add_argument("--host", help="address to listen on, such as 0.0.0.0")
     parser.add_argument("--port", type=int)

@@ -1,4 +1,4 @@
-"""Answers a prompt about an image in the terminal, token by token: `python -m paligemma IMAGE PROMPT`."""
+"""Answers a prompt about images in the terminal, token by token: `python -m paligemma IMAGE … PROMPT`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: those of the command line; None takes the program's own.
     """
-    parser = argparse.ArgumentParser("python -m paligemma", description="Ask a PaliGemma checkpoint about an image.")
-    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser = argparse.ArgumentParser("python -m paligemma", description="Ask a PaliGemma checkpoint about images.")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="an image file; several come before the prompt together"
+    )
     parser.add_argument("prompt", metavar="PROMPT", help="for example: caption en")
     parser.add_argument("--model", metavar="SOURCE", help="a folder or a Hub id (default: the embedded checkpoint)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json (default: the one beside the checkpoint)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or int8")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="the answer's longest length")
@@ -30,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="sample among so many tokens, 0: among all")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest of this total probability")
     parser.add_argument("--seed", type=int, help="the same one gives the same answer")
-    settings = vars(parser.parse_args(arguments))
-    path, prompt = settings.pop("image"), settings.pop("prompt")
-    source, device, dtype = (settings.pop(name) for name in ("model", "device", "dtype"))
+    settings = vars(parser.parse_intermixed_args(arguments))
+    paths, prompt, source = (settings.pop(name) for name in ("images", "prompt", "model"))
+    loading = {name: settings.pop(name) for name in ("device", "dtype", "tokenizer")}
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # characters that a terminal cannot show are no reason to end
     try:
-        image = open_image(path)  # before the checkpoint, which may take minutes
-        for token in paligemma.load(source, device=device, dtype=dtype).stream(image, prompt, **settings):
+        images = [open_image(path) for path in paths]  # before the checkpoint, which may take minutes
+        for token in paligemma.load(source, **loading).stream(images, prompt, **settings):
             print(token.text, end="", flush=True)
         print()
     except paligemma.PaliGemmaError as error:

@@ -206,22 +206,33 @@ def place_mask(mask: np.ndarray, detection: Detection, width: int, height: int) 
     Returns:
         bool [height, width].
     """
-    x_min, y_min, x_max, y_max = detection.in_pixels(width, height)
+    x_min, y_min, inside = _stretch(mask, detection, width, height)
     placed = np.zeros((height, width), bool)
-    if x_min < x_max and y_min < y_max:
-        stretched = Image.fromarray(mask).resize((x_max - x_min, y_max - y_min), Image.Resampling.BILINEAR)
-        placed[y_min:y_max, x_min:x_max] = np.asarray(stretched) > 0
+    placed[y_min : y_min + inside.shape[0], x_min : x_min + inside.shape[1]] = inside
     return placed
 
 
-def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
-    """A mask, bool [height, width], in the uncompressed form of COCO.
+def run_lengths(mask: np.ndarray, detection: Detection, width: int, height: int) -> dict[str, list[int]]:
+    """A decoded mask, stretched over its box, in the uncompressed form of COCO.
+
+    Args: as for `place_mask`, of whose result only the box is made.
 
     Returns:
         `size`, [height, width], and `counts`: how many pixels are outside, then inside, then outside …, column by column.
     """
-    flat = mask.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    begins_inside = [0] if flat.size and flat[0] else []
-    counts = np.diff([0, *changes, flat.size]).tolist()
-    return {"size": list(mask.shape), "counts": begins_inside + counts}
+    x_min, y_min, inside = _stretch(mask, detection, width, height)
+    columns = np.pad(inside.T, ((0, 0), (1, 1)))  # so that each begins and ends outside
+    column, row = np.divmod(np.flatnonzero(np.diff(columns.ravel())), columns.shape[1])
+    changes, times = np.unique((column + x_min) * height + row + y_min, return_counts=True)
+    # Twice: a run that ends with its column and goes on in the next one is a single run.
+    counts = np.diff([0, *changes[times == 1], width * height]).tolist()
+    return {"size": [height, width], "counts": counts if counts[-1] else counts[:-1]}
+
+
+def _stretch(mask: np.ndarray, detection: Detection, width: int, height: int) -> tuple[int, int, np.ndarray]:
+    """First column and row of the box, and what is inside, bool [rows, columns] of the box."""
+    x_min, y_min, x_max, y_max = detection.in_pixels(width, height)
+    if x_min >= x_max or y_min >= y_max:
+        return x_min, y_min, np.zeros((0, 0), bool)
+    stretched = Image.fromarray(mask).resize((x_max - x_min, y_max - y_min), Image.Resampling.BILINEAR)
+    return x_min, y_min, np.asarray(stretched) > 0

@@ -18,7 +18,7 @@ SEG_TOKENS = tuple(f"<seg{code:03d}>" for code in range(CODEBOOK_SIZE))
 
 GELU, GELU_TANH = "gelu", "gelu_pytorch_tanh"
 # All but the first are names of the tanh approximation. In Gemma the first is too, as older official files write it;
-# in SigLIP it is the exact function. So transformers reads them.
+# in SigLIP and Gemma 2 it is the exact function. So transformers reads them.
 ACTIVATIONS = (GELU, GELU_TANH, "gelu_fast", "gelu_new", "gelu_accurate")
 
 
@@ -70,7 +70,7 @@ class TextConfig:
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    query_pre_attn_scalar: float | None = None
+    query_pre_attn_scalar: int | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
@@ -100,7 +100,7 @@ LEFT_OUT_TEXT = {
         intermediate_size=9216,
         num_hidden_layers=26,
         num_key_value_heads=4,
-        query_pre_attn_scalar=256.0,
+        query_pre_attn_scalar=256,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
         sliding_window=4096,
@@ -252,7 +252,9 @@ def _text_config(values: dict[str, Any]) -> TextConfig:
     model_type = values.get("model_type", "gemma")
     _require(model_type, tuple(LEFT_OUT_TEXT), "text_config.model_type")
     for name in ("hidden_act", "hidden_activation"):
-        _require(values.get(name) or GELU_TANH, ACTIVATIONS, f"text_config.{name}")
+        is_exact = model_type == "gemma2" and name == "hidden_activation"  # the key that transformers reads there
+        known = [activation for activation in ACTIVATIONS if not (is_exact and activation == GELU)]
+        _require(values.get(name) or GELU_TANH, known, f"text_config.{name}")
     _require(bool(values.get("attention_bias")), (False,), "text_config.attention_bias")
     left_out = LEFT_OUT_TEXT[model_type]
     text = replace(left_out, **_numbers(left_out, {**values, "rope_theta": _rope_theta(values)}))

@@ -25,7 +25,7 @@ from .config import PaliGemmaError
 from .hardware import lack_of_memory
 from .kv_cache import KVCache
 from .model import PaliGemma
-from .sequence import TokenSequence
+from .sequence import Closed, TokenSequence
 
 # Between two steps of the others, a prefill may take as long as this many of these steps: who is running then waits at
 # most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
@@ -40,10 +40,6 @@ NOT_FINITE = (
     "checkpoint again."
 )
 SMALLEST_COMPILED_LIMIT = 512  # positions; the larger ones double
-
-
-class Closed(Exception):
-    """Ends a prefill whose sequence nobody waits for any more."""
 
 
 class Engine:
@@ -167,7 +163,7 @@ class Engine:
         return cache
 
     def _prefill(self, sequence: TokenSequence) -> None:
-        """Read an image and a prompt into the first free slot, with steps of the others between the layers."""
+        """Read images and a prompt into the first free slot, with steps of the others between the layers."""
         slot = len(self._running)
         layer_start = time.perf_counter()
 
@@ -184,7 +180,7 @@ class Engine:
             layer_start = time.perf_counter()
 
         try:
-            features = self._image_features(sequence.pixel_values, after_layer)
+            features = torch.cat([self._image_features(one, after_layer) for one in sequence.pixel_values], dim=1)
             input_ids = torch.tensor([sequence.input_ids], device=self.model.device)
             logits = self.model.prefill(features, input_ids, self._cache, slot, after_layer)
         except Closed:

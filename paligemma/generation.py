@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypedDict, Unpack
@@ -24,6 +24,7 @@ from .sequence import Events, TokenSequence, read
 
 MAX_SEED = 2**63
 ImageSource = Image.Image | str | os.PathLike
+Images = ImageSource | Sequence[ImageSource]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Answer:
     def __next__(self) -> Token:
         if self._events is None:
             self._engine.submit(self._sequence)
-            self._events = read(self._sequence.events, 1)
+            self._events = read(self._sequence.events, [self._sequence])
         _, event = next(self._events)
         if event is None:
             raise StopIteration
@@ -77,6 +78,39 @@ class Answer:
         """Free its place; there are no more tokens."""
         self._sequence.close()
         self._events = iter(())
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AnswerBatch:
+    """Answers that are made together: an iterator of each token with its prompt's number, and of None where one ends.
+
+    Closing it, from whatever thread, ends the work within one token; a thread that waits for the next one has no more.
+    """
+
+    def __init__(self, engine: Engine, sequences: Sequence[TokenSequence], events: Events, processor: Processor):
+        self._engine, self._sequences = engine, sequences
+        self._texts = {sequence: (number, processor.text_stream()) for number, sequence in enumerate(sequences)}
+        self._events = read(events, sequences)
+        self._is_submitted = False
+
+    def __iter__(self) -> AnswerBatch:
+        return self
+
+    def __next__(self) -> tuple[int, Token | None]:
+        if not self._is_submitted:
+            self._is_submitted = True
+            for sequence in self._sequences:
+                self._engine.submit(sequence)
+        sequence, event = next(self._events)
+        number, text = self._texts[sequence]
+        return number, None if event is None else _token(event, text)
+
+    def close(self) -> None:
+        """Free their places; there are no more tokens."""
+        for sequence in self._sequences:
+            sequence.close()
 
     def __del__(self) -> None:
         self.close()
@@ -111,7 +145,7 @@ class VisionLanguageModel:
 
     def stream(
         self,
-        image: Image.Image | str | os.PathLike,
+        image: Images,
         prompt: str,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -122,7 +156,8 @@ class VisionLanguageModel:
         """Answer token by token; closing the answer ends the work within one token.
 
         Args:
-            image: a Pillow image, or the path of an image file.
+            image: a Pillow image, or the path of an image file; or a list of them, for checkpoints that were trained on
+                several (NLVR2, videos): the features of all come before the prompt.
             prompt: in the syntax that the checkpoint was trained on, such as `caption en`.
             max_new_tokens: the answer's longest length, if `<eos>` does not end it earlier.
             temperature, top_k, top_p: see `Sampler`; the defaults are greedy.
@@ -135,11 +170,11 @@ class VisionLanguageModel:
         return Answer(self.engine, sequence, self.processor.text_stream())
 
     def stream_batch(
-        self, images: Sequence[ImageSource], prompts: Sequence[str], **settings: Unpack[Settings]
-    ) -> Generator[tuple[int, Token | None], None, None]:
-        """Answer prompts together: yield each token with its prompt's number, as they come, and None where an answer ends.
+        self, images: Sequence[Images], prompts: Sequence[str], **settings: Unpack[Settings]
+    ) -> AnswerBatch:
+        """Answer prompts together: each token comes with its prompt's number, and None where an answer ends.
 
-        All arguments are checked at the call. Closing the iterator ends the work.
+        Each prompt has its image, or a list of images. All arguments are checked at the call.
 
         Raises:
             PaliGemmaError: as `stream`, or there are not as many images as prompts.
@@ -151,14 +186,14 @@ class VisionLanguageModel:
         events: Events = SimpleQueue()
         seen: dict[int, Tensor] = {}
         sequences = [self._sequence(image, seen, events, prompt, **settings) for image, prompt in zip(images, prompts)]
-        return self._read_batch(events, sequences)
+        return AnswerBatch(self.engine, sequences, events, self.processor)
 
-    def generate(self, image: ImageSource, prompt: str, **settings: Unpack[Settings]) -> str:
+    def generate(self, image: Images, prompt: str, **settings: Unpack[Settings]) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
         return "".join(token.text for token in self.stream(image, prompt, **settings))
 
     def generate_batch(
-        self, images: Sequence[ImageSource], prompts: Sequence[str], **settings: Unpack[Settings]
+        self, images: Sequence[Images], prompts: Sequence[str], **settings: Unpack[Settings]
     ) -> list[str]:
         """The whole answers of prompts that are answered together; arguments and errors as for `stream_batch`."""
         texts = [""] * len(prompts)
@@ -177,23 +212,9 @@ class VisionLanguageModel:
             return None
         return self.mask_decoder(torch.tensor([list(codes)]))[0].numpy()
 
-    def _read_batch(
-        self, events: Events, sequences: list[TokenSequence]
-    ) -> Generator[tuple[int, Token | None], None, None]:
-        texts = {sequence: (number, self.processor.text_stream()) for number, sequence in enumerate(sequences)}
-        try:
-            for sequence in sequences:
-                self.engine.submit(sequence)
-            for sequence, event in read(events, len(sequences)):
-                number, text = texts[sequence]
-                yield number, None if event is None else _token(event, text)
-        finally:
-            for sequence in sequences:
-                sequence.close()
-
     def _sequence(
         self,
-        image: ImageSource,
+        image: Images,
         seen: dict[int, Tensor],
         events: Events,
         prompt: str,
@@ -205,7 +226,8 @@ class VisionLanguageModel:
     ) -> TokenSequence:
         """What the engine takes, from the arguments of `stream`, which are checked; `seen` holds images' pixel values."""
         sampler = Sampler(temperature, top_k, top_p)
-        input_ids = self.processor.input_ids(prompt)
+        images = [image] if isinstance(image, str) or not isinstance(image, Sequence) else list(image)
+        input_ids = self.processor.input_ids(prompt, len(images))
         longest = self.config.text.max_position_embeddings - len(input_ids)
         if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= longest:
             raise PaliGemmaError(
@@ -213,9 +235,11 @@ class VisionLanguageModel:
                 f"from 1 to {longest}."
             )
         generator = self._generator(seed)
-        if id(image) not in seen:
-            seen[id(image)] = self._pixel_values(image)
-        return TokenSequence(seen[id(image)], input_ids, int(max_new_tokens), sampler, generator, events)
+        for one in images:
+            if id(one) not in seen:
+                seen[id(one)] = self._pixel_values(one)
+        pixel_values = [seen[id(one)] for one in images]
+        return TokenSequence(pixel_values, input_ids, int(max_new_tokens), sampler, generator, events)
 
     def _pixel_values(self, image: ImageSource) -> Tensor:
         if isinstance(image, (str, os.PathLike)):

@@ -16,7 +16,8 @@ from .siglip import SiglipVisionModel
 class PaliGemma(nn.Module):
     """Image and token ids to logits.
 
-    Every row of ids starts with `config.vision.num_patches` image placeholders, in whose place the image features go.
+    Every row of ids starts with `config.vision.num_patches` placeholders for each image, in whose place the image features
+    go.
     `forward` runs whole rows; `prefill` and `decode` run sequences step by step through the same layers.
     """
 
@@ -56,8 +57,12 @@ class PaliGemma(nn.Module):
         return self.language_model.embed_tokens.weight.dtype
 
     def image_features(self, pixel_values: Tensor, after_layer: Callable[[], None] | None = None) -> Tensor:
-        """Float [B, 3, H, W] to float [B, patches, hidden_size], as they enter the decoder (unscaled)."""
-        return self.multi_modal_projector["linear"](self.vision_tower(pixel_values, after_layer))
+        """Float [B, 3, H, W] to float [B, patches, hidden_size], as they enter the decoder (unscaled).
+
+        Of N images a row, float [B, N, 3, H, W], the features follow each other: [B, N * patches, hidden_size].
+        """
+        encoded = self.vision_tower(pixel_values.flatten(0, -4), after_layer)
+        return self.multi_modal_projector["linear"](encoded).view(len(pixel_values), -1, self.config.text.hidden_size)
 
     def encoder_version(self) -> tuple:
         """A key that changes when a parameter of encoder or projector is replaced or written to, as by fine-tuning."""
@@ -95,7 +100,7 @@ class PaliGemma(nn.Module):
         """Logits at every position of whole rows.
 
         Args:
-            pixel_values: float [B, 3, H, W], in -1 to 1.
+            pixel_values: float [B, 3, H, W], or [B, N, 3, H, W] of N images a row, in -1 to 1.
             input_ids: int64 [B, T], the image placeholders first.
             prefix_lengths: int64 [B], how many positions of each row attend to each other both ways; those after
                 are causal. None: the whole row is prefix.

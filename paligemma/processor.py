@@ -68,23 +68,30 @@ class Processor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         return ((pixels.float() / 255.0 - 0.5) / 0.5).contiguous()
 
-    def input_ids(self, prompt: str) -> list[int]:
-        """Image placeholders, `<bos>`, the prompt and a line end, as the checkpoints were trained.
+    def input_ids(self, prompt: str, images: int = 1) -> list[int]:
+        """The placeholders of all images, `<bos>`, the prompt and a line end, as the checkpoints were trained.
 
-        An `<image>` at the prompt's start, as model cards write it, stands for the placeholders and is left out.
+        An `<image>` for each at the prompt's start, as model cards write it, stands for placeholders and is left out.
 
         Raises:
-            PaliGemmaError: the prompt is empty, holds a token that it must not, or is longer than the context.
+            PaliGemmaError: there is no image, or the images fill the context; or the prompt is empty, holds a token that
+                it must not, or is longer than what is left.
         """
         if not isinstance(prompt, str):
             raise PaliGemmaError(f"The prompt is of type {type(prompt).__name__}; please give text.")
-        placeholders = [self.config.image_token_id] * self.config.vision.num_patches
-        capacity = self.config.text.max_position_embeddings - len(placeholders) - 1  # one for the first answer token
+        patches, context = self.config.vision.num_patches, self.config.text.max_position_embeddings
+        capacity = context - images * patches - 1  # one for the first answer token
+        if images < 1:
+            raise PaliGemmaError("There is no picture; please give one or more.")
+        if images > 1 and capacity < 3:  # `<bos>`, a token, a line end
+            fitting = max(1, (context - 4) // patches)
+            raise PaliGemmaError(f"There are {images} pictures, but {fitting} fit; please give fewer.")
         if len(prompt) > capacity * self._longest_token:  # before all work that takes time in proportion to it
             fitting = capacity * self._longest_token
             raise PaliGemmaError(f"The prompt has {len(prompt)} characters, but {fitting} fit; please shorten it.")
-        if prompt.lstrip().startswith(IMAGE_TOKEN):
-            prompt = prompt.lstrip().removeprefix(IMAGE_TOKEN).lstrip()
+        for _ in range(images):
+            if prompt.lstrip().startswith(IMAGE_TOKEN):
+                prompt = prompt.lstrip().removeprefix(IMAGE_TOKEN).lstrip()
         if not prompt.strip():
             raise PaliGemmaError("The prompt is empty; please ask something, for example: caption en")
         for token in self._control_tokens:
@@ -101,7 +108,7 @@ class Processor:
             raise PaliGemmaError(
                 f"The prompt contains {unknown}, which this checkpoint does not know; please remove it."
             )
-        return placeholders + text
+        return [self.config.image_token_id] * (images * patches) + text
 
     def text_stream(self) -> TextStream:
         """A new reader of one answer's tokens."""

@@ -1,8 +1,8 @@
-"""`TokenSequence`: a prompt about an image on its way to an answer, between its reader's thread and the engine's."""
+"""`TokenSequence`: a prompt about images on its way to an answer, between its reader's thread and the engine's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -15,17 +15,23 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 MAX_AHEAD = 8  # tokens that are computed before they are read
+
+
+class Closed(Exception):
+    """Ends what is done for a sequence that nobody waits for any more."""
+
+
 # A token's id and its probability; or the error that ends a sequence; or None, its end.
 Event = tuple[int, float] | BaseException | None
 Events = SimpleQueue[tuple["TokenSequence", Event]]
 
 
 class TokenSequence:
-    """A prompt about an image on its way to an answer; see `read` for its tokens.
+    """A prompt about one or more images on its way to an answer; see `read` for its tokens.
 
     Args:
-        pixel_values: float32 [1, 3, image_size, image_size], on the CPU.
-        input_ids: the image placeholders first.
+        pixel_values: of each image float32 [1, 3, image_size, image_size], on the CPU.
+        input_ids: the placeholders of all images first.
         max_new_tokens: how many tokens there are at most; a token that ends the answer is none of them.
         sampler, generator: how they are chosen; the generator is on the model's device.
         events: where its tokens go to; several sequences that are read together share them.
@@ -33,7 +39,7 @@ class TokenSequence:
 
     def __init__(
         self,
-        pixel_values: Tensor,
+        pixel_values: list[Tensor],
         input_ids: list[int],
         max_new_tokens: int,
         sampler: Sampler,
@@ -52,10 +58,11 @@ class TokenSequence:
         self.written = self.read_count = 0
 
     def close(self) -> None:
-        """Nobody waits for it any more: its slot is free at the next step."""
-        self.is_closed = True
-        if self.engine is not None:
-            self.engine.wake()
+        """Nobody waits for it any more: its slot is free at the next step, and who waits in `read` nevertheless goes on."""
+        if not self.is_closed:
+            self.put(Closed())
+            if self.engine is not None:
+                self.engine.wake()
 
     def put(self, event: Event) -> None:
         """Hand an event to whoever reads."""
@@ -69,18 +76,29 @@ class TokenSequence:
         return self.written - self.read_count >= MAX_AHEAD
 
 
-def read(events: Events, count: int) -> Iterator[tuple[TokenSequence, tuple[int, float] | None]]:
-    """Yield the tokens of `count` sequences that were made with the same `events`, as they come, and None at each end.
+def read(
+    events: Events, sequences: Sequence[TokenSequence]
+) -> Iterator[tuple[TokenSequence, tuple[int, float] | None]]:
+    """Yield the tokens of sequences that were made with the same `events`, as they come, and None at each end.
+
+    If one of them is closed meanwhile, by whatever thread, there are no more. At the end all are closed.
 
     Raises:
-        PaliGemmaError: one of the sequences failed; the others go on until they are closed.
+        PaliGemmaError: one of the sequences failed.
     """
-    while count:
-        sequence, event = events.get()
-        sequence.read_count += 1
-        if sequence.written - sequence.read_count == MAX_AHEAD - 1 and sequence.engine is not None:
-            sequence.engine.wake()  # it was too far ahead
-        if isinstance(event, BaseException):
-            raise event
-        count -= event is None
-        yield sequence, event
+    count = len(sequences)
+    try:
+        while count:
+            sequence, event = events.get()
+            sequence.read_count += 1
+            if sequence.written - sequence.read_count == MAX_AHEAD - 1 and sequence.engine is not None:
+                sequence.engine.wake()  # it was too far ahead
+            if isinstance(event, Closed):
+                return
+            if isinstance(event, BaseException):
+                raise event
+            count -= event is None
+            yield sequence, event
+    finally:
+        for sequence in sequences:
+            sequence.close()

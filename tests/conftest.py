@@ -26,8 +26,7 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "paligemma" / "demo" / "examples"
-# Of a stopped answer: the one under way, and one that may be begun while the news travels.
-ONE_TOKEN = 2
+ONE_TOKEN = 1  # of a stopped answer: the one under way
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -94,8 +93,10 @@ def wait_until(condition, seconds=60, tab=None):
 
 def tokens_after(watched, end_it):
     """How many more tokens are computed after `end_it`, the one under way included."""
-    end_it()
     before = watched.tokens
+    wait_until(lambda: watched.tokens > before)  # a step begins, during which the news travels
+    before = watched.tokens
+    end_it()
     time.sleep(2)
     return watched.tokens - before
 

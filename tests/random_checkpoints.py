@@ -60,7 +60,7 @@ def make_reference(
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "vocab_size": vocab_size,
-            "max_position_embeddings": 1024,
+            "max_position_embeddings": (image_size // patch_size) ** 2 + 1024,
             **(gemma2 if family == "gemma2" else {}),
         },
         projection_dim=hidden_size,

@@ -1,25 +1,49 @@
-"""`gr.Blocks` that answers in sentences where Gradio's own answers to clients hold none."""
+"""`gr.Blocks` for everybody: limits and turns of its callers, and sentences where Gradio's own answers hold none."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections import Counter
+from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import gradio as gr
+from fastapi import HTTPException
 from pydantic import ValidationError
+
+from .streaming import Answerings
 
 if TYPE_CHECKING:
     import fastapi
+    from gradio.blocks import BlockFunction
     from gradio.data_classes import PredictBodyInternal
+    from gradio.queueing import Event
+    from gradio.state_holder import SessionState
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Page(gr.Blocks):
     """Blocks whose calls with values that no handler gets to see, and those beyond the queue, end with a sentence."""
 
-    async def preprocess_data(self, *arguments: object, **keywords: object) -> list[object]:
-        """Check and convert the values of a call; an error other than `gr.Error` would reach clients as null."""
+    def __init__(self, title: str, delete_cache: tuple[int, int]):
+        super().__init__(title=title, delete_cache=delete_cache)
+        self.answerings = Answerings()
+
+    async def preprocess_data(
+        self, block_fn: BlockFunction, inputs: list[object], state: SessionState | None, explicit_call: bool = False
+    ) -> list[object]:
+        """Check and convert the values of a call, of which the last may be left out if its function has defaults for them.
+
+        An error other than `gr.Error` would reach clients as null.
+        """
+        if block_fn.fn is not None:
+            left_out = list(inspect.signature(block_fn.fn).parameters.values())[len(inputs) :]
+            if all(parameter.default is not parameter.empty for parameter in left_out):
+                inputs = [*inputs, *(parameter.default for parameter in left_out)]
         try:
-            return await super().preprocess_data(*arguments, **keywords)  # type: ignore[arg-type]
+            return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except gr.Error:
             raise
         except Exception as error:
@@ -30,16 +54,16 @@ class Page(gr.Blocks):
                 print_exception=False,
             ) from error
 
-    def limit_queue(self, length: int) -> None:
-        """Let at most `length` calls wait; others end at once, with a sentence that says when to come again.
+    def limit_queue(self, length: int, share: int) -> None:
+        """Let at most `length` calls wait, at most `share` of one client, in an order that is fair to all clients.
 
-        Gradio's own limit answers HTTP 503 instead, for which each of its clients has another text. To be called once,
-        inside the page.
+        Others end at once, with a sentence: Gradio's own limit answers HTTP 503 instead, for which each of its clients
+        has another text. To be called once, inside the page.
         """
         queue = self.queue(default_concurrency_limit=1)._queue
-        push = queue.push
+        push, clean = queue.push, queue.clean_events
 
-        def refuse() -> None:
+        def refuse_all() -> None:
             times = queue.process_time_per_fn.values()
             seconds = length * sum(one.process_time for one in times) / max(1, sum(one.count for one in times))
             minutes = max(1, math.ceil(seconds / 60))
@@ -48,11 +72,78 @@ class Page(gr.Blocks):
                 print_exception=False,
             )
 
-        refusal = gr.Button(visible=False).click(refuse, api_visibility="private", concurrency_limit=None)
+        def refuse_client() -> None:
+            raise gr.Error(
+                f"{share} questions from your address are waiting already; please ask again when they are answered.",
+                print_exception=False,
+            )
+
+        refusals = [
+            gr.Button(visible=False).click(refuse, api_visibility="private", concurrency_limit=None)["id"]
+            for refuse in (refuse_all, refuse_client)
+        ]
 
         async def push_or_refuse(body: PredictBodyInternal, request: fastapi.Request, username: str | None) -> tuple:
-            if len(queue) >= length:
-                body.fn_index = refusal["id"]
-            return await push(body, request, username)
+            self.answerings.forget_unread(queue)
+            queues = list(queue.event_queue_per_concurrency_id.values())
+            clients = [client_address(event.request) for one in queues for event in one.queue]
+            if len(clients) >= length:
+                body.fn_index = refusals[0]
+            elif clients.count(client_address(request)) >= share:
+                body.fn_index = refusals[1]
+            pushed = await push(body, request, username)
+            for one in queues:
+                running = [event for job in queue.active_jobs for event in job or []]
+                one.queue[:] = take_turns(one.queue, running)
+            return pushed
 
-        queue.push = push_or_refuse
+        async def clean_and_stop(*, session_hash: str | None = None, event_id: str | None = None) -> None:
+            await clean(session_hash=session_hash, event_id=event_id)
+            self.answerings.stop(session_hash or "")  # Gradio itself waits for the next token
+
+        queue.push, queue.clean_events = push_or_refuse, clean_and_stop
+
+
+def take_turns(waiting: Sequence[Event], running: Sequence[Event]) -> list[Event]:
+    """Calls in the order in which they are to be answered: nobody's second before everybody's first."""
+    turns = Counter(client_address(event.request) for event in running)
+    numbered = []
+    for event in waiting:
+        client = client_address(event.request)
+        numbered.append((turns[client], event))
+        turns[client] += 1
+    return [event for _, event in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def client_address(request: fastapi.Request) -> str:
+    """The address of who calls, which a proxy in a private network, such as that of a Space, passes on."""
+    address = request.client.host if request.client else ""
+    forwarded = request.headers.get("x-forwarded-for", "")
+    try:
+        is_proxy = bool(forwarded) and ip_address(address).is_private
+    except ValueError:
+        is_proxy = False
+    return forwarded.partition(",")[0].strip() if is_proxy else address
+
+
+class BodyLimit:
+    """ASGI middleware that refuses requests with a longer body than a call needs; uploads have a limit of their own."""
+
+    def __init__(self, app: ASGIApp, length: int):
+        self._app, self._length = app, length
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = 0
+
+        async def receive_some() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._length:
+                raise HTTPException(
+                    413, f"This request is longer than {self._length // 1000} kB; please upload files, shorten texts."
+                )
+            return message
+
+        has_files = scope["type"] != "http" or scope["path"].endswith("/upload") or "/mcp/" in scope["path"]
+        await self._app(scope, receive if has_files else receive_some, send)

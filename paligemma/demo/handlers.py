@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..scenes.painter import Painter
 
 MAX_PIXELS = 60_000_000
+MAX_IMAGES = 8
 MAX_PROMPTS = 8
 MAX_PROMPT_TOKENS = 512
 MAX_NEW_TOKENS = 256
@@ -73,18 +74,26 @@ SETTINGS = (
 )
 LINK_FIELDS = ("prompt", "checkpoint", *(setting.name for setting in SETTINGS))
 
-# An answer of this visit: `path`, `url` and `size` (width, height) of its image, `checkpoint`, and `answers`, pairs of
-# a prompt and the text that answers it.
+# An answer of this visit: `path`, `url` and `size` (width, height) of its first image, `more`, the paths of others,
+# `checkpoint`, and `answers`, pairs of a prompt and the text that answers it.
 Record = dict[str, Any]
+_Found = tuple[Image.Image | None, list[dict[str, object]]]
 
 
 def run(
-    models: Models, image: object, prompt: str, checkpoint: str, history: list[Record], *settings: object
+    models: Models,
+    image: object,
+    more_images: object,
+    prompt: str,
+    checkpoint: str,
+    history: list[Record],
+    *settings: object,
 ) -> Iterator[dict[str, Any]]:
-    """Answer a prompt, or one in each line, about an uploaded image.
+    """Answer a prompt, or one in each line, about an uploaded image, or several.
 
     Args:
-        image: what `gr.Image` sends, see `open_upload`.
+        image: what `gr.Image` sends, see `open_upload`; objects are marked on this one.
+        more_images: what `gr.Gallery` sends.
         history: the answers of this visit, the latest first.
         settings: values of `SETTINGS`; the seed as it was typed.
 
@@ -92,7 +101,7 @@ def run(
         `speed`, a line about time; `figure` and `answers`, HTML; `is_answered`, whether there is an answer to save; at
         the end `record`, and `history` with it.
     """
-    opened, record = open_upload(image)
+    opened, record = open_uploads(image, more_images)
     # What was shown before goes, also if this answer is stopped.
     yield {"figure": "", "answers": "", "speed": "", "is_answered": False}
     drawn: list[rendering.MarkedObject] | None = None
@@ -103,12 +112,14 @@ def run(
             continue
         step = {
             "answers": rendering.answers_html(answers, objects, EMPTY_ANSWER),
-            "speed": _speed(answers),
+            "speed": _speed(answers, len(opened)),
         }
         if objects is not drawn:
             drawn = objects
             step["figure"] = _figure(record, objects)
         yield step
+    if not any(answer.text or answer.is_finished for answer in answers):
+        return  # stopped before it began
     record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
     history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
     yield {"record": record, "history": history, "is_answered": True}
@@ -130,6 +141,7 @@ def show_again(models: Models, index: int, history: list[Record]) -> dict[str, A
     answers, objects = _read_again(models, record)
     return {
         "image": record["path"],
+        "more_images": record["more"],
         "prompt": prompts_of(record),
         "figure": _figure(record, objects),
         "answers": rendering.answers_html(answers, objects, EMPTY_ANSWER),
@@ -233,8 +245,9 @@ def generate(
     top_k: int = 0,
     top_p: float = 1,
     seed: int | None = None,
+    more_images: object = None,
 ) -> Iterator[tuple[str, list[dict[str, object]]]]:
-    """Answer a prompt about a picture; streams the text so far.
+    """Answer a prompt about a picture; streams the text so far, and the objects so far, with their masks at the end.
 
     Args:
         image: the picture
@@ -245,59 +258,63 @@ def generate(
         top_k: sample among so many of the likeliest tokens; 0 among all
         top_p: sample among the likeliest tokens that have this much probability together; 1 among all
         seed: a whole number; the same one gives the same text
+        more_images: others that come before the prompt with the first, for checkpoints that were trained on several
     """
-    opened, _ = open_upload(image)
+    opened, _ = open_uploads(image, more_images)
     settings = read_settings((max_new_tokens, temperature, top_k, top_p, seed))
-    known: list[rendering.MarkedObject] | None = None
+    text, objects = "", list[rendering.MarkedObject]()
     for status, answers, objects in _answer(models, models.names[0], opened, prompt, settings):
-        if status:
-            continue
-        if objects is not known:
-            known, in_json = objects, rendering.to_json(objects, opened.size)
-        yield "\n".join(answer.text for answer in answers), in_json
+        if not status:
+            text = "\n".join(answer.text for answer in answers)
+            yield text, rendering.to_json(objects, opened[0].size, with_masks=False)
+    if any(marked.mask is not None for marked in objects):
+        yield text, rendering.to_json(objects, opened[0].size)
 
 
-def caption(models: Models, image: object, language: str = ENGLISH) -> str:
-    """Describe a picture in a sentence.
+def caption(models: Models, image: object, language: str = ENGLISH) -> Iterator[str]:
+    """Describe a picture in a sentence; streams the text so far.
 
     Args:
         image: the picture
         language: code of the language to answer in, such as `en`; the embedded checkpoint knows only that one
     """
-    *_, (text, _) = generate(models, image, f"caption {language}")
-    return text
+    for text, _ in generate(models, image, f"caption {language}"):
+        yield text
 
 
-def detect(models: Models, image: object, objects: str) -> tuple[Image.Image, list[dict[str, object]]]:
-    """Find all objects of some kinds in a picture, with their boxes.
-
-    Args:
-        image: the picture
-        objects: what to find: `cat`, or several kinds: `cat ; dog`
-    """
-    return _find_objects(models, image, objects, detect_prompt)
-
-
-def segment(models: Models, image: object, objects: str) -> tuple[Image.Image, list[dict[str, object]]]:
-    """Find all objects of some kinds in a picture, with their masks.
+def detect(models: Models, image: object, objects: str) -> Iterator[_Found]:
+    """Find all objects of some kinds in a picture, with their boxes; streams those so far, and the picture at the end.
 
     Args:
         image: the picture
         objects: what to find: `cat`, or several kinds: `cat ; dog`
     """
-    return _find_objects(models, image, objects, segment_prompt)
+    yield from _find_objects(models, image, objects, detect_prompt)
 
 
-def _find_objects(
-    models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]
-) -> tuple[Image.Image, list[dict[str, object]]]:
-    """The image with what was found drawn on it, and the objects, see `rendering.to_json`."""
+def segment(models: Models, image: object, objects: str) -> Iterator[_Found]:
+    """Find all objects of some kinds in a picture, with their masks; streams those so far, and picture and masks at the end.
+
+    Args:
+        image: the picture
+        objects: what to find: `cat`, or several kinds: `cat ; dog`
+    """
+    yield from _find_objects(models, image, objects, segment_prompt)
+
+
+def _find_objects(models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]) -> Iterator[_Found]:
+    """Yield the objects so far, when there are more, then the image with all drawn on it; see `rendering.to_json`."""
     if not isinstance(kinds, str):
         raise PaliGemmaError(f"objects is {kinds}; please give a text such as “cat” or “cat ; dog”.")
     opened, _ = open_upload(image)
     settings = {"max_new_tokens": MAX_NEW_TOKENS}
-    *_, (_, _, objects) = _answer(models, models.names[0], opened, to_prompt(kinds), settings)
-    return rendering.draw(opened, objects), rendering.to_json(objects, opened.size)
+    known: list[rendering.MarkedObject] = []
+    objects = known
+    for _, _, objects in _answer(models, models.names[0], [opened], to_prompt(kinds), settings):
+        if len(objects) != len(known):
+            known = objects
+            yield None, rendering.to_json(objects, opened.size, with_masks=False)
+    yield rendering.draw(opened, objects), rendering.to_json(objects, opened.size)
 
 
 # --- what they share
@@ -321,6 +338,22 @@ def open_upload(image: object) -> tuple[Image.Image, Record]:
     return opened, {"path": image["path"], "url": url, "size": opened.size}
 
 
+def open_uploads(image: object, more_images: object) -> tuple[list[Image.Image], Record]:
+    """Open an image, see `open_upload`, and a list of others; what `gr.Gallery` sends has each under the key `image`.
+
+    Returns:
+        the images, and where they are: as of `open_upload`, and the paths of the others as `more`.
+    """
+    others = more_images or []
+    if not isinstance(others, list):
+        raise PaliGemmaError(f"more_images is of type {type(others).__name__}; please give a list of uploaded files.")
+    if len(others) >= MAX_IMAGES:
+        raise PaliGemmaError(f"These are {1 + len(others)} pictures; please give at most {MAX_IMAGES}.")
+    opened, record = open_upload(image)
+    more = [open_upload(one.get("image", one) if isinstance(one, dict) else one) for one in others]
+    return [opened, *(other for other, _ in more)], record | {"more": [where["path"] for _, where in more]}
+
+
 def _open(path: str) -> Image.Image:
     # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
     if "\0" in path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
@@ -329,7 +362,7 @@ def _open(path: str) -> Image.Image:
 
 
 def _answer(
-    models: Models, checkpoint: str, image: Image.Image, prompt: str, settings: dict[str, Any]
+    models: Models, checkpoint: str, images: Sequence[Image.Image], prompt: str, settings: dict[str, Any]
 ) -> Iterator[tuple[str, list[Answer], list[rendering.MarkedObject]]]:
     """Yield how far the loading is, then the answers so far and their objects, which are a new list when they change."""
     prompts = [line for line in map(str.strip, str(prompt or "").splitlines()) if line] or [prompt]
@@ -337,22 +370,23 @@ def _answer(
         for status in models.wait(checkpoint):
             yield status, [], []
         vlm = models.get(checkpoint)
-        _check_limits(vlm, prompts, settings["max_new_tokens"])
+        _check_limits(vlm, len(images), prompts, settings["max_new_tokens"])
         detections: list[Detection] = []
         objects: list[rendering.MarkedObject] = []
-        for answers in models.answer(checkpoint, image, prompts, settings):
+        masks = rendering.MaskCache(vlm.decode_mask)
+        for answers in models.answer(checkpoint, images, prompts, settings):
             found = _detections(answers)
             if found != detections:
-                detections, objects = found, rendering.mark_objects(found, vlm.decode_mask)
+                detections, objects = found, rendering.mark_objects(found, masks)
             yield "", answers, objects
 
 
-def _check_limits(vlm: VisionLanguageModel, prompts: Sequence[str], max_new_tokens: object) -> None:
+def _check_limits(vlm: VisionLanguageModel, images: int, prompts: Sequence[str], max_new_tokens: object) -> None:
     """Refuse what the model could do but a shared page should not spend its time on."""
     if len(prompts) > MAX_PROMPTS:
         raise PaliGemmaError(f"These are {len(prompts)} prompts; please ask at most {MAX_PROMPTS} at once.")
     for prompt in prompts:
-        tokens = len(vlm.processor.input_ids(prompt)) - vlm.config.vision.num_patches
+        tokens = len(vlm.processor.input_ids(prompt, images)) - images * vlm.config.vision.num_patches
         if tokens > MAX_PROMPT_TOKENS:
             raise PaliGemmaError(
                 f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
@@ -372,22 +406,22 @@ def _read_again(models: Models, record: Record) -> tuple[list[Answer], list[rend
     answers = [Answer.of(prompt, text) for prompt, text in record["answers"]]
     # A checkpoint that was unloaded meanwhile is not loaded for this: its masks are drawn as boxes.
     vlm = models.loaded(record["checkpoint"])
-    return answers, rendering.mark_objects(_detections(answers), vlm.decode_mask if vlm else None)
+    return answers, rendering.mark_objects(_detections(answers), rendering.MaskCache(vlm.decode_mask if vlm else None))
 
 
 def _figure(record: Record, objects: Sequence[rendering.MarkedObject]) -> str:
     return rendering.figure_html(record["url"], record["size"], objects) if objects else ""
 
 
-def _speed(answers: Sequence[Answer]) -> str:
-    """Time to first token, and tokens per second after it, of all prompts together."""
+def _speed(answers: Sequence[Answer], images: int) -> str:
+    """Time to first token, and tokens per second after it, of all prompts together; and the images, if there are several."""
     times = sorted(seconds for answer in answers for seconds in answer.times)
     if not times:
-        return "Looking at the picture …"
+        return "Looking at the picture …" if images == 1 else f"Looking at {images} pictures …"
     line = f"First token after {times[0]:.2f} s"
     if len(times) > 1:
         line += f" · {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s · {len(times)} tokens"
-    return line
+    return line if images == 1 else f"{line} · {images} pictures, with boxes and masks on the first"
 
 
 def _new_file(record: Record, name: str) -> Path:

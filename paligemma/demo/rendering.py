@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
 import numpy as np
@@ -21,31 +22,57 @@ MASK_OPACITY = 0.45
 
 
 @dataclass(frozen=True)
+class Mask:
+    """A decoded mask, float32 [64, 64] and above zero inside."""
+
+    values: np.ndarray
+
+    @cached_property
+    def outline(self) -> str:
+        """What is inside as an SVG path of bars in `OUTLINE_STEPS` rows and columns."""
+        inside = place_mask(self.values, Detection("", (0.0, 0.0, 1.0, 1.0)), OUTLINE_STEPS, OUTLINE_STEPS)
+        return "".join(f"M{start} {row}h{end - start}v1h{start - end}z" for row, start, end in _bars(inside))
+
+
+class MaskCache:
+    """Decoded masks by their codes: of an answer that grows, each is decoded once.
+
+    Args:
+        decode_mask: that of the model, if it is loaded.
+    """
+
+    def __init__(self, decode_mask: Callable[[Sequence[int]], np.ndarray | None] | None):
+        self._decode_mask = decode_mask
+        self._masks: dict[tuple[int, ...], Mask | None] = {(): None}
+
+    def __call__(self, codes: tuple[int, ...]) -> Mask | None:
+        if codes not in self._masks:
+            values = self._decode_mask(codes) if self._decode_mask else None
+            self._masks[codes] = None if values is None else Mask(values)
+        return self._masks[codes]
+
+
+@dataclass(frozen=True)
 class MarkedObject:
-    """A detection with its color, and its mask, float32 [64, 64] and above zero inside, where it has one."""
+    """A detection with its color, and its mask where it has one."""
 
     detection: Detection
     color: str
-    mask: np.ndarray | None = None
+    mask: Mask | None = None
 
     @property
     def label(self) -> str:
         return self.detection.label or UNNAMED
 
 
-def mark_objects(
-    detections: Iterable[Detection], decode_mask: Callable[[Sequence[int]], np.ndarray | None] | None
-) -> list[MarkedObject]:
-    """Give each detection a color, and its mask if there are codes and a decoder; see `decode_mask` of the model."""
+def mark_objects(detections: Iterable[Detection], masks: MaskCache) -> list[MarkedObject]:
+    """Give each detection a color, and its mask if there is one."""
     return [
-        MarkedObject(
-            found, COLORS[place % len(COLORS)], decode_mask(found.codes) if found.codes and decode_mask else None
-        )
-        for place, found in enumerate(detections)
+        MarkedObject(found, COLORS[place % len(COLORS)], masks(found.codes)) for place, found in enumerate(detections)
     ]
 
 
-def to_json(objects: Iterable[MarkedObject], size: tuple[int, int]) -> list[dict[str, object]]:
+def to_json(objects: Iterable[MarkedObject], size: tuple[int, int], with_masks: bool = True) -> list[dict[str, object]]:
     """Objects for programs.
 
     Args:
@@ -58,7 +85,7 @@ def to_json(objects: Iterable[MarkedObject], size: tuple[int, int]) -> list[dict
         {
             "label": marked.label,
             "box": list(marked.detection.in_pixels(*size)),
-            "mask": None if marked.mask is None else run_lengths(place_mask(marked.mask, marked.detection, *size)),
+            "mask": run_lengths(marked.mask.values, marked.detection, *size) if marked.mask and with_masks else None,
         }
         for marked in objects
     ]
@@ -69,7 +96,7 @@ def draw(image: Image.Image, objects: Sequence[MarkedObject]) -> Image.Image:
     drawn = image.convert("RGB")
     for marked in objects:
         if marked.mask is not None:
-            inside = place_mask(marked.mask, marked.detection, *drawn.size) * round(255 * MASK_OPACITY)
+            inside = place_mask(marked.mask.values, marked.detection, *drawn.size) * round(255 * MASK_OPACITY)
             drawn.paste(marked.color, mask=Image.fromarray(inside.astype(np.uint8)))
     pen = ImageDraw.Draw(drawn)
     line = max(2, min(drawn.size) // 200)
@@ -102,7 +129,11 @@ def _mark_svg(number: int, marked: MarkedObject, size: tuple[int, int]) -> str:
     text_size = max(size) / 28
     y = y_min if y_min >= 1.4 * text_size else y_min + 1.4 * text_size
     label, letters = escape(marked.label), len(marked.label)
-    outline = "" if marked.mask is None else _outline_svg(marked.mask, (x_min, y_min, x_max, y_max))
+    outline = ""
+    if marked.mask is not None:  # a grid that is stretched over the box
+        scale = f"{(x_max - x_min) / OUTLINE_STEPS:.4f} {(y_max - y_min) / OUTLINE_STEPS:.4f}"
+        transform = f"translate({x_min} {y_min}) scale({scale})"
+        outline = f'<path class="mask" transform="{transform}" d="{marked.mask.outline}"/>'
     # The background of the name: SVG cannot measure a text, so its width is that of average letters.
     return (
         f'<g data-object="{number}" style="--color: {marked.color}">{outline}'
@@ -112,15 +143,6 @@ def _mark_svg(number: int, marked: MarkedObject, size: tuple[int, int]) -> str:
         f'<text x="{x_min + 0.4 * text_size:.1f}" y="{y - 0.4 * text_size:.1f}" font-size="{text_size:.1f}"'
         f' textLength="{0.58 * letters * text_size:.1f}" lengthAdjust="spacingAndGlyphs">{label}</text></g>'
     )
-
-
-def _outline_svg(mask: np.ndarray, box: tuple[int, int, int, int]) -> str:
-    """A mask as rows of bars, in a grid that is stretched over its box."""
-    x_min, y_min, x_max, y_max = box
-    inside = place_mask(mask, Detection("", (0.0, 0.0, 1.0, 1.0)), OUTLINE_STEPS, OUTLINE_STEPS)
-    bars = "".join(f"M{start} {row}h{end - start}v1h{start - end}z" for row, start, end in _bars(inside))
-    scale = f"{(x_max - x_min) / OUTLINE_STEPS:.4f} {(y_max - y_min) / OUTLINE_STEPS:.4f}"
-    return f'<path class="mask" transform="translate({x_min} {y_min}) scale({scale})" d="{bars}"/>'
 
 
 def _bars(inside: np.ndarray) -> Iterator[tuple[int, int, int]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -21,11 +22,14 @@ from ..prompts import task_of
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
 
-_Answering = Callable[..., Iterator["list[Answer] | PaliGemmaError"]]
+_Answering = Callable[..., Generator["list[Answer] | PaliGemmaError", None, None]]
 
 EMBEDDED = "embedded"
 STATUS_SECONDS = 0.5  # between two reports of how far the loading is
 FREE_QUESTION = "question"
+
+# What to call, from whatever thread, to end the answer that is made in this context.
+ON_STOP: ContextVar[list[Callable[[], None]]] = ContextVar("ON_STOP")
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +37,14 @@ log = logging.getLogger(__name__)
 def load_checkpoint(
     source: str | None, settings: dict[str, Any], **callbacks: Callable[..., None]
 ) -> VisionLanguageModel:
-    """`paligemma.load`, imported when it is called, since it brings torch: a page can be served before."""
+    """`paligemma.load`, imported when it is called, since it brings torch: a page can be served before.
+
+    A tokenizer among the settings is not for the embedded checkpoint, which has its own.
+    """
     import paligemma
 
-    return paligemma.load(source, **(settings | callbacks))
+    own = {"tokenizer": None} if source is None else {}
+    return paligemma.load(source, **(settings | own | callbacks))
 
 
 @dataclass
@@ -163,17 +171,22 @@ class Models:
         return self.start(name).result()
 
     def answer(
-        self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer]]:
         """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
-        for answers in self._answering(name, image, prompts, settings):
-            if isinstance(answers, PaliGemmaError):
-                raise answers
-            yield answers
+        is_stopped = Event()  # for ZeroGPU, where the tokens are computed in another process
+        ON_STOP.get([]).append(is_stopped.set)
+        with closing(self._answering(name, images, prompts, settings)) as steps:
+            for answers in steps:
+                if isinstance(answers, PaliGemmaError):
+                    raise answers
+                yield answers
+                if is_stopped.is_set():
+                    return
 
     def _answers_or_error(
-        self, name: str, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
-    ) -> Iterator[list[Answer] | PaliGemmaError]:
+        self, name: str, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
+    ) -> Generator[list[Answer] | PaliGemmaError, None, None]:
         """Yield what `answer_prompts` yields, and an error that a caller can act on as the last value.
 
         On ZeroGPU this runs in a fork, from which values come back whole, but of exceptions only their class. It takes
@@ -182,7 +195,7 @@ class Models:
         vlm = self._checkpoints[name].vlm
         assert vlm is not None, name
         try:
-            yield from answer_prompts(vlm, image, prompts, settings)
+            yield from answer_prompts(vlm, images, prompts, settings)
         except PaliGemmaError as error:
             yield error
 
@@ -278,9 +291,9 @@ class Answer:
 
 
 def answer_prompts(
-    vlm: VisionLanguageModel, image: Image.Image, prompts: Sequence[str], settings: dict[str, Any]
+    vlm: VisionLanguageModel, images: Sequence[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
 ) -> Iterator[list[Answer]]:
-    """Answer prompts about one image together; its features are computed once.
+    """Answer prompts together, each about all of the images; their features are computed once.
 
     All prompts are checked before the first is answered. One line a prompt is logged: what was done and how fast, never
     what was asked or shown.
@@ -291,8 +304,9 @@ def answer_prompts(
     Yields:
         the answers so far.
     """
-    tokens = vlm.stream_batch([image] * len(prompts), prompts, **settings)
+    tokens = vlm.stream_batch([images] * len(prompts), prompts, **settings)
     answers = [Answer(prompt) for prompt in prompts]
+    ON_STOP.get([]).append(tokens.close)
     start, outcome = time.perf_counter(), "stopped"
     try:
         yield answers
@@ -312,7 +326,7 @@ def answer_prompts(
     finally:
         tokens.close()
         for answer in answers:
-            _log(answer, image, "finished" if answer.is_finished else outcome)
+            _log(answer, images[0], "finished" if answer.is_finished else outcome)
 
 
 def _log(answer: Answer, image: Image.Image, outcome: str) -> None:

@@ -16,7 +16,7 @@ try:
 except ImportError:
     IS_ZERO_GPU = False
 
-IMAGE_SECONDS, TOKEN_SECONDS = 15, 0.1  # asked for the image, and for each token
+IMAGE_SECONDS, TOKEN_SECONDS = 15, 0.1  # asked for the images, and for each token
 
 
 def borrow_gpu(answering: Callable) -> Callable:
@@ -27,7 +27,7 @@ def borrow_gpu(answering: Callable) -> Callable:
     return spaces.GPU(duration=_seconds)(answering) if IS_ZERO_GPU else answering
 
 
-def _seconds(name: str, image: object, prompts: Sequence[str], settings: dict[str, Any]) -> float:
+def _seconds(name: str, images: object, prompts: Sequence[str], settings: dict[str, Any]) -> float:
     max_new_tokens = settings["max_new_tokens"]
     if not isinstance(max_new_tokens, (int, float)):
         max_new_tokens = 0  # refused with a sentence later

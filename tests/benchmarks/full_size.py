@@ -1,7 +1,8 @@
-"""Speed and memory in the shapes of the official 3B checkpoint at 224 pixels, next to transformers (Linux, CPU).
+"""Speed and memory in the shapes of the official 3B checkpoints, next to transformers (Linux, CPU).
 
 python tests/benchmarks/full_size.py --size small --rounds 1      # tiny shapes, a minute, to see that it runs
 python tests/benchmarks/full_size.py                              # 9 GB on disk, 18 GB of memory (transformers in float32)
+python tests/benchmarks/full_size.py --family gemma2 --image-size 896 --libraries paligemma --dtypes int8
 
 Where the CPU has no bfloat16 instructions a prefill in that dtype takes a minute: `--prefills 1` times fewer of them.
 
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -36,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER
 from paligemma.checkpoints.weights import weight_files
-from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
+from paligemma.config import LEFT_OUT_TEXT, PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma.processor import Processor
 
-# The tokenizer is the embedded checkpoint's, of 2401 tokens: neither speed nor memory depends on what they mean.
+# Of the first generation at 224 pixels; the defaults are the official shapes. The tokenizer is the embedded checkpoint's,
+# of 2401 tokens: neither speed nor memory depends on what they mean.
 SIZES = {
-    "3b": PaliGemmaConfig(VisionConfig(), TextConfig(), image_token_id=2400),  # their defaults are the official shapes
+    "3b": PaliGemmaConfig(VisionConfig(), TextConfig(), image_token_id=2400),
     "small": PaliGemmaConfig(
         VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=56),
         TextConfig(
@@ -55,6 +57,17 @@ SIZES = {
         ),
         image_token_id=2400,
     ),
+}
+SMALL_GEMMA2 = {
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 16,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 4096,
+}
+GEMMA2_TEXTS = {
+    "3b": replace(LEFT_OUT_TEXT["gemma2"], vocab_size=257216),
+    "small": replace(SIZES["small"].text, model_type="gemma2", **SMALL_GEMMA2),
 }
 PROMPT, SECOND_PROMPT = "caption en", "describe en"
 SHARD_SIZE = "5GB"  # the official one
@@ -74,17 +87,25 @@ LONG_ANSWER = 512  # tokens
 Result = TypeVar("Result")
 
 
-def checkpoint(size: str, folder: Path | None = None) -> Path:
+def checkpoint(size: str, folder: Path | None = None, family: str = "gemma", image_size: int | None = None) -> Path:
     """The folder of a checkpoint of random bfloat16 weights, made if it is not there yet.
 
     Args:
         size: a name in `SIZES`.
         folder: where it is to be; None for one below the system's temporary folder. A checkpoint that is there already
             is used as it is, so that this may also be the folder of a real one.
+        family: `gemma`, or `gemma2` for the shapes of PaliGemma 2.
+        image_size: in pixels; None for that in `SIZES`.
     """
-    folder = folder or Path(tempfile.gettempdir()) / f"paligemma-random-weights-{size}"
+    config = SIZES[size]
+    if family == "gemma2":
+        config = replace(config, text=GEMMA2_TEXTS[size])
+    if image_size is not None:
+        config = replace(config, vision=replace(config.vision, image_size=image_size))
+    shape = f"{size}{'-gemma2' if family == 'gemma2' else ''}{f'-{image_size}' if image_size else ''}"
+    folder = folder or Path(tempfile.gettempdir()) / f"paligemma-random-weights-{shape}"
     if not (folder / "config.json").exists():
-        run_alone(make_checkpoint, SIZES[size], folder)
+        run_alone(make_checkpoint, config, folder)
     return folder
 
 
@@ -179,9 +200,7 @@ class Theirs:
 
         logging.disable_progress_bar()
         started = time.perf_counter()
-        self.model = PaliGemmaForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        ).eval()
+        self.model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         self.load_seconds = time.perf_counter() - started
         self.processor = Processor.from_file(
             PaliGemmaConfig.from_file(folder / "config.json"), folder / "tokenizer.json"
@@ -335,7 +354,9 @@ def report(measurements: dict[tuple[str, str], list[Measurement]], config: PaliG
     lines.append(f"\nThis machine reads {bandwidth} GB/s from memory.")
 
     names = {"prefill": "time to first token", "decode": "per token"}
-    dtypes = [dtype for library, dtype in measurements if library == "transformers"]
+    dtypes = [
+        dtype for library, dtype in measurements if library == "transformers" and ("paligemma", dtype) in measurements
+    ]
     for dtype in dtypes:
         ours, theirs = medians["paligemma", dtype], medians["transformers", dtype]
         ratios = ", ".join(f"{name} {theirs[field] / ours[field]:.2f}" for field, name in names.items())
@@ -368,14 +389,17 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="3b", help="shapes of the checkpoint to make")
+    parser.add_argument("--family", choices=["gemma", "gemma2"], default="gemma", help="of its decoder")
+    parser.add_argument("--image-size", type=int, help="in pixels, such as 896; that of the size if not given")
     parser.add_argument("--folder", type=Path, help="where it is, or is to be; a temporary folder if not given")
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
     parser.add_argument("--dtypes", nargs="+", choices=WEIGHT_BYTES, default=list(WEIGHT_BYTES))
     parser.add_argument("--rounds", type=int, default=3, help="processes for each library and dtype")
     parser.add_argument("--prefills", type=int, default=3, help="timed in each process")
     parser.add_argument("--new-tokens", type=int, default=8, help="timed in each process")
     arguments = parser.parse_args()
 
-    folder = checkpoint(arguments.size, arguments.folder)
+    folder = checkpoint(arguments.size, arguments.folder, arguments.family, arguments.image_size)
     config, size_on_disk = PaliGemmaConfig.from_file(folder / "config.json"), file_bytes(folder)
     print(f"{value_in('/proc/cpuinfo', 'model name')}, {torch.backends.cpu.get_cpu_capability()}")
     print(f"{torch.get_num_threads()} threads, Python {platform.python_version()}, ", end="")
@@ -385,7 +409,7 @@ def main() -> None:
     measurements: dict[tuple[str, str], list[Measurement]] = {}
     for number in range(arguments.rounds):
         for library, dtype in CONTENDERS:
-            if dtype in arguments.dtypes:
+            if library in arguments.libraries and dtype in arguments.dtypes:
                 print(f"round {number + 1} of {arguments.rounds}: {library}, {dtype}", file=sys.stderr)
                 one = run_alone(measure, library, folder, dtype, arguments.prefills, arguments.new_tokens)
                 measurements.setdefault((library, dtype), []).append(one)

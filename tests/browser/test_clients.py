@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import ANY
 
 import httpx
 import pytest
@@ -21,6 +23,10 @@ from PIL import Image
 
 import app
 from paligemma.annotations import find_detections
+from paligemma.demo import streaming
+from paligemma.demo.blocks import Page
+from paligemma.demo.streaming import MAX_UNREAD
+from paligemma.sequence import MAX_AHEAD
 
 PICTURE = EXAMPLES / "picnic.png"
 JAVASCRIPT_CLIENT = "@gradio/client@2.7.0"
@@ -38,7 +44,7 @@ def test_each_endpoint_has_its_documented_parameters(client):
         for name, endpoint in endpoints.items()
     }
     assert parameters == {
-        "/generate": ["image", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"],
+        "/generate": ["image", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "more_images"],
         "/caption": ["image", "language"],
         "/detect": ["image", "objects"],
         "/segment": ["image", "objects"],
@@ -68,6 +74,18 @@ def test_what_is_segmented_has_run_lengths(serve, with_mask_decoder):
     assert cat["mask"]["size"] == [height, width]
     assert sum(cat["mask"]["counts"]) == width * height
     assert sum(cat["mask"]["counts"][1::2]) == (width // 2) * (height // 2)
+
+
+def test_several_pictures_are_taken_and_what_has_a_default_may_be_left_out(client, page_address, tiny):
+    others = [EXAMPLES / "music.png", EXAMPLES / "sign.png"]
+    more = {"more_images": [handle_file(other) for other in others]}
+    text, _ = client.predict(handle_file(PICTURE), "caption en", api_name="/generate", **more)
+    assert text == tiny.generate([PICTURE, *others], "caption en")
+    for settings in ([], [128, 0, 0, 1, None]):  # as calls were before there was `more_images`
+        assert end_of_call(page_address, [{"path": uploaded_path(page_address)}, "caption en", *settings]) == (
+            "event: complete",
+            [tiny.generate(PICTURE, "caption en"), ANY],
+        )
 
 
 def test_the_client_receives_a_growing_text(client, tiny):
@@ -151,6 +169,69 @@ def test_beyond_the_queue_a_sentence_says_when_to_come_again(serve, watched, bro
         job.cancel()
 
 
+def test_one_client_cannot_fill_the_queue(serve, watched, monkeypatch):
+    monkeypatch.setattr(app, "MAX_CLIENT_SHARE", 2)
+    monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
+    address = serve(watched)
+    values = [{"path": uploaded_path(address)}, "caption en", 8, 0, 0, 1, None]
+    posted = [httpx.post(f"{address}gradio_api/call/generate", json={"data": values}) for _ in range(4)]
+    time.sleep(0.5)
+    assert {answer.status_code for answer in posted} == {200}
+    sentence = "2 questions from your address are waiting already; please ask again when they are answered."
+    assert error_of_call(address, values) == sentence
+    elsewhere = {"x-forwarded-for": "8.8.8.8"}
+    event = httpx.post(f"{address}gradio_api/call/generate", json={"data": values}, headers=elsewhere).json()
+    stream = httpx.get(f"{address}gradio_api/call/generate/{event['event_id']}", timeout=60).text
+    assert "event: complete" in stream
+
+
+def test_an_answer_that_nobody_reads_waits_for_its_reader(serve, watched, monkeypatch):
+    monkeypatch.setattr(watched, "STEP_SECONDS", 0.02)
+    address = serve(watched)
+    before = watched.tokens
+    values = [{"path": uploaded_path(address)}, "caption en", 100, 0, 0, 1, None]
+    event = httpx.post(f"{address}gradio_api/call/generate", json={"data": values}).json()["event_id"]
+    wait_until(lambda: watched.tokens > before)
+    time.sleep(2)
+    assert watched.tokens - before <= MAX_UNREAD + MAX_AHEAD + 1
+    stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=60).text
+    assert stream.count("event: generating") >= 100
+    assert "event: complete" in stream
+
+
+def test_an_answer_that_nobody_reads_for_long_is_given_up(serve, watched, monkeypatch):
+    monkeypatch.setattr(streaming, "UNREAD_SECONDS", 1)
+    address = serve(watched)
+    values = [{"path": uploaded_path(address)}, "caption en", 250, 0, 0, 1, None]
+    event = httpx.post(f"{address}gradio_api/call/generate", json={"data": values}).json()["event_id"]
+    wait_until(lambda: watched.engine._running)
+    wait_until(lambda: not watched.engine._running, seconds=5)
+    stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=20).text
+    assert stream.startswith("event: error")
+    assert "please ask again" in stream
+
+
+def test_a_call_that_is_too_long_gets_one_sentence(page_address):
+    sentence = "This request is longer than 128 kB; please upload files, shorten texts."
+    data = json.dumps({"data": [{"path": "x"}, "a" * 200_000, 8, 0, 0, 1, None]}).encode()
+    for content in (data, iter([data])):
+        answer = httpx.post(
+            f"{page_address}gradio_api/call/generate", content=content, headers={"content-type": "application/json"}
+        )
+        assert (answer.status_code, answer.json()["detail"]) == (413, sentence)
+
+
+def test_of_a_program_s_call_nothing_stays_on_the_server(serve, tiny):
+    address = serve(tiny)
+    (page,) = [one for one in gc.get_objects() if isinstance(one, Page) and one.local_url == address]
+    path, sessions = uploaded_path(address), page.state_holder.session_data
+    for name, values in (("caption", ["en"]), ("segment", ["cat"])):
+        event = httpx.post(f"{address}gradio_api/call/{name}", json={"data": [{"path": path}, *values]}).json()
+        httpx.get(f"{address}gradio_api/call/{name}/{event['event_id']}", timeout=20)
+    wait_until(lambda: not sessions)
+    assert not page.answerings._under_way
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A good picture and three bad ones, by name."""
@@ -214,7 +295,7 @@ def test_a_value_of_the_wrong_type_gets_one_sentence(page_address, position, val
         ([{"path": str(PICTURE.resolve())}, "caption en", 8, 0, 0, 1, None], "The picture was not uploaded to this "),
         ([{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "", 8, 0, 0, 1, None], "A value of this "),
         (["cats.png", "caption en", 8, 0, 0, 1, None], "A value of this call cannot be used .*; please send uploaded "),
-        ([{"path": "/a"}, "caption en"], "A value of this call cannot be used .*needed: 7, got: 2"),
+        ([{"path": "/a"}], "A value of this call cannot be used .*needed: 8, got: 1"),
     ],
 )
 def test_a_call_without_an_uploaded_image_or_with_too_few_values_gets_one_sentence(page_address, data, sentence):
@@ -227,13 +308,19 @@ def uploaded_path(address):
     return answer.json()[0]
 
 
-def error_of_call(address, data):
-    """Call the endpoint by plain HTTP; returns the sentence of the error that comes back."""
+def end_of_call(address, data):
+    """Call the endpoint by plain HTTP; returns the last event that comes back, and its content."""
     event = httpx.post(f"{address}gradio_api/call/generate", json={"data": data}).json()["event_id"]
     stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=30).text
     event_name, content = stream.strip().split("\n\n")[-1].split("\n")[:2]
-    assert event_name == "event: error", stream
-    return json.loads(content.removeprefix("data: "))["error"]
+    return event_name, json.loads(content.removeprefix("data: "))
+
+
+def error_of_call(address, data):
+    """The sentence of the error that a call ends with, see `end_of_call`."""
+    event_name, content = end_of_call(address, data)
+    assert event_name == "event: error", content
+    return content["error"]
 
 
 # --- from other languages, and from agents

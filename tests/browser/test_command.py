@@ -16,6 +16,9 @@ from conftest import EXAMPLES, ROOT
 from gradio_client import Client, handle_file
 from random_checkpoints import make_reference, save_reference
 
+import paligemma
+from paligemma.demo.serving import load_checkpoint
+
 PICTURE = EXAMPLES / "cats.png"
 
 
@@ -102,6 +105,20 @@ def test_several_checkpoints_are_offered(tmp_path):
         ]
     assert [name for name, _ in menu["choices"]] == ["embedded", str(folder)]
     assert menu["visible"]
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_the_one_that_is_named(tmp_path, tiny):
+    folder = save_reference(make_reference(std=0.2), tmp_path / "other")
+    tokenizer = (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    arguments = ("--model", str(folder), "--models", "embedded")
+    with served(*arguments, PALIGEMMA_TOKENIZER=str(tokenizer)) as (process, address):
+        client = Client(address, verbose=False)
+        answer, _ = client.predict(handle_file(PICTURE), "caption en", max_new_tokens=8, api_name="/generate")
+    vlm = paligemma.load(folder, tokenizer=tmp_path)
+    assert answer == vlm.generate(PICTURE, "caption en", max_new_tokens=8)
+    assert load_checkpoint(None, {"tokenizer": "/no/such/file"}).generate(PICTURE, "ocr") == tiny.generate(
+        PICTURE, "ocr"
+    )
 
 
 def test_the_end_waits_for_the_answer_under_way(tmp_path):

@@ -108,6 +108,26 @@ def test_a_task_writes_its_prompt_which_can_be_run(open_page, page_address, tiny
     expect(tab.locator(TEXT)).to_have_text(answer, timeout=20_000)
 
 
+def test_further_pictures_are_asked_about_with_the_first_and_come_back_with_the_answer(open_page, page_address, tiny):
+    other, prompt = EXAMPLES / "music.png", "caption en"
+    both, alone = tiny.generate([PICTURE, other], prompt), tiny.generate(PICTURE, prompt)
+    assert both != alone
+    tab = open_page(page_address)
+    upload(tab, PICTURE)
+    tab.get_by_role("button", name="More pictures").click()
+    tab.set_input_files("#more-pictures input[type=file]", str(other))
+    expect(tab.locator("#more-pictures img")).to_be_visible(timeout=20_000)
+    ask(tab, prompt)
+    expect(tab.locator("#speed")).to_contain_text("2 pictures, with boxes and masks on the first", timeout=20_000)
+    expect(tab.locator(TEXT)).to_have_text(both, timeout=20_000)
+    tab.locator("#more-pictures").get_by_label("Clear").click()
+    tab.click("#run")
+    expect(tab.locator(TEXT)).to_have_text(alone, timeout=20_000)
+    tab.locator("#history tbody tr, #history button").nth(1).click()
+    expect(tab.locator("#more-pictures img")).to_be_visible()
+    expect(tab.locator(TEXT)).to_have_text(both)
+
+
 def test_what_is_typed_chooses_the_task(open_page, page_address):
     tab = open_page(page_address)
     tab.locator(PROMPT).fill("detect cat ; dog")
@@ -284,7 +304,7 @@ def test_a_new_scene_is_drawn_and_answered(open_page, page_address):
     assert answer_in(tab)
 
 
-def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded_address, watched):
+def test_the_text_grows_and_stop_ends_it_within_one_token_and_keeps_it(open_page, long_winded_address, watched):
     tab = open_page(long_winded_address)
     upload(tab, PICTURE)
     set_max_new_tokens(tab, 250)
@@ -296,6 +316,10 @@ def test_the_text_grows_and_stop_ends_it_within_one_token(open_page, long_winded
     assert kept
     tab.wait_for_timeout(500)
     assert answer_in(tab) == kept
+    expect(tab.locator("#history").get_by_text("caption en")).to_be_visible()
+    expect(tab.locator("#copy")).to_be_visible()
+    tab.locator("#history").get_by_text("caption en").click()
+    wait_until(lambda: answer_in(tab) == kept, tab=tab)
 
 
 def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, serve, watched, monkeypatch):

@@ -114,6 +114,21 @@ def test_the_page_says_what_runs_and_answers_with_another_checkpoint(zero_gpu, b
     tab.close()
 
 
+def test_stop_ends_the_worker_s_answer_and_keeps_its_text(zero_gpu, browser, other_checkpoint):
+    tab = browser.new_page()
+    tab.goto(f"{zero_gpu}?checkpoint={other_checkpoint}&max_new_tokens=256")
+    tab.locator("#examples").get_by_text("caption en").click()
+    expect(tab.locator("#picture img")).to_be_visible()
+    tab.locator("#prompt textarea").fill("\n".join(f"caption en {number}" for number in range(8)))
+    tab.click("#run")
+    expect(tab.locator("#answers .text").first).not_to_be_empty(timeout=30_000)
+    tab.click("#stop")
+    expect(tab.locator("#copy")).to_be_visible(timeout=10_000)
+    tokens = int(tab.locator("#speed").inner_text().split(" tokens")[-2].split()[-1])
+    assert tokens < 8 * 256
+    tab.close()
+
+
 def test_a_gpu_is_asked_for_as_long_as_the_answer_may_take(zero_gpu, device_api):
     client = Client(zero_gpu, verbose=False)
     for tokens in (10, 200):

@@ -7,13 +7,13 @@ from benchmarks.full_size import checkpoint, file_bytes, prefill_once, run_alone
 GB = 1e9
 TOLERANCE = 0.04  # of the norm; each library is about 0.011 away from float32 at this depth, and as far from the other
 
-pytestmark = pytest.mark.slow  # 9 GB on disk, 13 GB of memory, minutes where the CPU has no bfloat16 instructions
+pytestmark = pytest.mark.slow  # 18 GB on disk, 13 GB of memory, minutes where the CPU has no bfloat16 instructions
 
 
-@pytest.fixture(scope="session")
-def folder():
-    """The checkpoint, kept for the next run: making it takes longer than reading it."""
-    return checkpoint("3b")
+@pytest.fixture(scope="session", params=["gemma", "gemma2"])
+def folder(request):
+    """A checkpoint of each generation, kept for the next run: making it takes longer than reading it."""
+    return checkpoint("3b", family=request.param)
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,29 @@ def test_logits_equal_the_reference(load_both, family, kv_heads, image_size):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("image_size", [224, 448, 896])
+@torch.no_grad()
+def test_prefill_and_decode_equal_the_reference_at_the_official_resolutions(load_both, family, image_size):
+    sizes = {"layers": 2, "kv_heads": 2, "sliding_window": 4096}  # as in official files: less than 896 pixels have
+    reference, vlm = load_both(family=family, image_size=image_size, std=0.1, **sizes)
+    pixel_values, input_ids, _ = random_rows(vlm.config, [8])
+    prompt_length = input_ids.shape[1] - 4
+    expected = reference(
+        pixel_values=pixel_values,
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        token_type_ids=(torch.arange(input_ids.shape[1]) >= prompt_length).long()[None],
+        logits_to_keep=5,
+    ).logits[0]
+    cache = KVCache(vlm.config.text, 1, input_ids.shape[1], torch.float32, "cpu")
+    logits = [vlm.model.prefill(vlm.model.image_features(pixel_values), input_ids[:, :prompt_length], cache)]
+    for end in range(prompt_length + 1, input_ids.shape[1] + 1):
+        logits.append(vlm.model.decode(input_ids[:, end - 1 : end], cache, end))
+    assert (torch.cat(logits) - expected).abs().max() <= LOGITS_BOUND
+    assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_answers_are_causal_and_prompts_are_not(load_both, family):
     _, vlm = load_both(family=family, image_size=112, std=0.2)
@@ -125,6 +148,28 @@ def test_greedy_tokens_equal_generate(load_both, family, seed):
     ours = [token.id for token in vlm.stream(image, prompt, max_new_tokens=24)]
     assert ours == [token_id for token_id in expected if token_id not in vlm.config.eos_token_ids]
     assert len(set(ours)) > len(ours) // 3, "a model that repeats itself proves nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@torch.no_grad()
+def test_several_images_before_a_prompt_equal_the_reference(load_both, family, count):
+    reference, vlm = load_both(family=family, kv_heads=2, image_size=28, std=0.2)
+    images, prompt = [random_image(seed) for seed in range(count)], "answer en which is larger?"
+    input_ids = torch.tensor([vlm.processor.input_ids(prompt, count)])
+    pixel_values = torch.cat([vlm.processor.pixel_values(image) for image in images])
+    inputs = {
+        "input_ids": input_ids,
+        "pixel_values": pixel_values,
+        "attention_mask": torch.ones_like(input_ids),
+        "token_type_ids": torch.zeros_like(input_ids),
+    }
+    logits = vlm.model(pixel_values[None], input_ids)
+    assert (logits - reference(**inputs).logits).abs().max() <= LOGITS_BOUND
+    expected = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0, input_ids.shape[1] :].tolist()
+    ours = [token.id for token in vlm.stream(images, "<image>" * count + prompt, max_new_tokens=12)]
+    assert ours == [token_id for token_id in expected if token_id not in vlm.config.eos_token_ids]
+    assert len(set(ours)) > 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

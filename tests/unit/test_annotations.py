@@ -192,11 +192,14 @@ def test_the_mask_of_a_box_without_pixels_is_empty():
     assert not place_mask(np.ones((64, 64), np.float32), Detection("cat", (0.5, 0.5, 0.501, 0.501)), 40, 40).any()
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.randoms())
-def test_run_lengths_describe_a_mask_column_by_column(height, width, random):
-    mask = np.array([[random.random() < 0.5 for _ in range(width)] for _ in range(height)])
-    runs = run_lengths(mask)
+@given(st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(0, 1024), min_size=4, max_size=4), st.randoms())
+def test_run_lengths_describe_a_mask_column_by_column(height, width, box, random):
+    decoded = np.array([[random.random() - 0.5 for _ in range(8)] for _ in range(8)], np.float32)
+    decoded = np.kron(decoded, np.ones((8, 8), np.float32))
+    detection = Detection("cat", tuple(loc / 1024 for loc in box))
+    runs = run_lengths(decoded, detection, width, height)
     inside = itertools.cycle([False, True])
     values = [value for count, value in zip(runs["counts"], inside) for _ in range(count)]
     assert runs["size"] == [height, width]
-    assert np.array_equal(np.array(values).reshape(width, height).T, mask)
+    assert all(runs["counts"][1:]), "each run has a length, but for a first one inside"
+    assert np.array_equal(np.array(values).reshape(width, height).T, place_mask(decoded, detection, width, height))

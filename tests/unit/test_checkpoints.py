@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 import paligemma
-from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE, save_checkpoint
+from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE, canonical_name, save_checkpoint
 
 VOCAB_SIZE = VOCABULARY.get_vocab_size()
 NORM = "language_model.model.norm.weight"
@@ -23,10 +23,13 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 HIDDEN_SIZE, VISION_HIDDEN_SIZE = 64, 48
 
 
+both_families = pytest.mark.parametrize("reference", ["gemma", "gemma2"], indirect=True)
+
+
 @pytest.fixture(scope="module")
-def reference():
+def reference(request):
     """A small PaliGemma of transformers, with no parameter left at zero or one, where a mix-up would not show."""
-    model = make_reference(image_size=28, layers=2, kv_heads=2)
+    model = make_reference(family=getattr(request, "param", "gemma"), image_size=28, layers=2, kv_heads=2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -115,10 +118,12 @@ def without(tensors, key):
 # Folders that transformers writes
 
 
+@both_families
 def test_folder_written_by_transformers_gives_its_logits(written, reference):
     assert_same_logits(paligemma.load(written, device="cpu"), reference)
 
 
+@both_families
 def test_shards_written_by_transformers_give_its_logits(written_in_shards, reference):
     assert len(list(written_in_shards.glob("model-*-of-*.safetensors"))) > 2
     assert_same_logits(paligemma.load(written_in_shards, device="cpu"), reference)
@@ -146,6 +151,7 @@ LAYOUTS = {
 OUTPUT_KEYS = ["lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"]
 
 
+@both_families
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_keys_gives_the_same_parameters(folder, reference, parameters, layout):
     language, vision, projector = LAYOUTS[layout]
@@ -167,6 +173,7 @@ def test_output_layer_beside_the_embedding_changes_nothing(folder, parameters, k
     assert_same(named(paligemma.load(folder, device="cpu")), parameters)
 
 
+@both_families
 @pytest.mark.parametrize("key", OUTPUT_KEYS)
 def test_output_layer_stands_in_for_an_absent_embedding(folder, parameters, key):
     change_weights(folder, lambda tensors: {**without(tensors, EMBEDDING), key: tensors[EMBEDDING]})
@@ -183,6 +190,7 @@ def untied(reference):
     return model
 
 
+@both_families
 @pytest.mark.parametrize(("key", "says_tied"), [*zip(OUTPUT_KEYS, [True, False, False]), (OUTPUT_KEYS[0], False)])
 def test_output_layer_of_its_own_gives_the_logits_of_transformers(folder, untied, key, says_tied):
     change_config(folder, tie_word_embeddings=says_tied)
@@ -215,6 +223,7 @@ def test_one_of_two_layers_that_are_not_tied_is_missed(folder, absent, left):
     assert f"lacks 1 tensors, the first is {absent} of shape [{VOCAB_SIZE}, {HIDDEN_SIZE}]" in refusal(folder)
 
 
+@both_families
 def test_tables_that_the_model_computes_and_a_pooling_head_are_left_out(folder, parameters):
     unused = {
         "vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None],
@@ -328,6 +337,17 @@ def test_weights_are_cast_to_the_dtype_that_is_asked_for(folder, parameters, in_
     assert {value.dtype for value in vlm.model.parameters()} == {asked_dtype}
     assert vlm.dtype == asked_dtype
     assert_same(named(vlm), {name: value.to(in_file_dtype).to(asked_dtype) for name, value in parameters.items()})
+
+
+@both_families
+def test_a_file_may_mix_dtypes(folder, parameters, reference):
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    mixed = {name: dtypes[number % 3] for number, name in enumerate(sorted(parameters))}
+    change_weights(
+        folder, lambda tensors: {key: value.to(mixed[canonical_name(key)]) for key, value in tensors.items()}
+    )
+    loaded = named(paligemma.load(folder, device="cpu"))
+    assert_same(loaded, {name: value.to(mixed[name]).float() for name, value in parameters.items()})
 
 
 def test_dtype_may_be_given_as_that_of_torch(written):
@@ -574,6 +594,7 @@ def test_checkpoint_can_be_saved_over_the_folder_that_it_was_loaded_from(folder,
     assert_same(named(paligemma.load(folder, device="cpu")), parameters)
 
 
+@both_families
 def test_saved_checkpoint_opens_in_transformers_with_the_same_logits(written, tmp_path):
     vlm = paligemma.load(written, device="cpu")
     save_checkpoint(vlm.model, vlm.processor.tokenizer, tmp_path, torch.float32)

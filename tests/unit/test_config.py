@@ -11,7 +11,7 @@ from random_checkpoints import VOCABULARY, make_reference, save_reference
 
 import paligemma
 from paligemma import PaliGemmaError
-from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
+from paligemma.config import LEFT_OUT_TEXT, PaliGemmaConfig, TextConfig, VisionConfig
 
 VISION = {
     "hidden_size": 32,
@@ -136,14 +136,45 @@ def test_config_that_cannot_be_run_is_refused_with_the_key_named(tmp_path, secti
     ],
 )
 def test_config_is_read_as_transformers_reads_it(section, values):
-    config = changed(section, **values)
+    assert_read_as_transformers_reads_it(changed(section, **values))
+
+
+# What published files hold beside the sizes, or in another way than transformers writes it today.
+VARIANTS = {
+    "the width of the first generation above": ({"hidden_size": 2048, "projection_dim": 2048}, {}),
+    "a list of end tokens": ({}, {"eos_token_id": [1, 107]}),
+    "the first location as image token": ({"image_token_index": 256000}, {"vocab_size": 257216}),
+    "no row for the image token": ({"image_token_index": 257152}, {"vocab_size": 257152}),
+    "rows under another name": ({"_vocab_size": 257152, "vocab_size": 257152}, {}),
+    "a dtype": ({"dtype": "bfloat16"}, {"dtype": "float32"}),
+    "a dtype as it was named before": ({"torch_dtype": "bfloat16"}, {"torch_dtype": "float32"}),
+    "an old number of image tokens": ({}, {"num_image_tokens": 1024}),
+    "an activation twice": ({}, {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}),
+    "an activation in the other key": ({}, {"hidden_act": "gelu"}),
+}
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+@pytest.mark.parametrize(("above", "inside"), VARIANTS.values(), ids=VARIANTS)
+def test_variant_of_a_published_config_is_read_as_transformers_reads_it(family, above, inside):
+    assert_read_as_transformers_reads_it({**changed("text_config", model_type=family, **inside), **above})
+
+
+def assert_read_as_transformers_reads_it(config):
     ours, reference = PaliGemmaConfig.from_dict(config), transformers.PaliGemmaConfig.from_dict(config)
     for sizes, theirs in ((ours.vision, reference.vision_config), (ours.text, reference.text_config)):
         for name in set(sizes.__dataclass_fields__) - {"rope_theta"}:
             assert getattr(sizes, name) == getattr(theirs, name, None), name
     assert ours.text.rope_theta == reference.text_config.rope_parameters["rope_theta"]
+    assert ours.image_token_id == reference.image_token_id
     eos = reference.text_config.eos_token_id
     assert ours.eos_token_ids == (tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+def test_exact_gelu_of_gemma2_is_refused_which_in_gemma_is_a_name_of_the_approximation():
+    PaliGemmaConfig.from_dict(changed("text_config", hidden_activation="gelu"))
+    with pytest.raises(PaliGemmaError, match=r"^text_config.hidden_activation is 'gelu', but this package runs only"):
+        PaliGemmaConfig.from_dict(changed("text_config", model_type="gemma2", hidden_activation="gelu"))
 
 
 @pytest.mark.parametrize("layer_types", [["full_attention", "sliding_attention"], ["full_attention"] * 2, 1])
@@ -155,8 +186,10 @@ def test_sliding_windows_of_other_layers_are_refused(layer_types):
         PaliGemmaConfig.from_dict(config)
 
 
-def test_null_is_no_value():
-    null_base = {"rope_theta": 500.0, "rope_parameters": {"rope_theta": None}, "head_dim": None, "eos_token_id": None}
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_null_is_no_value(family):
+    null = dict.fromkeys(("head_dim", "eos_token_id", "hidden_activation"))
+    null_base = {"model_type": family, "rope_theta": 500.0, "rope_parameters": {"rope_theta": None}, **null}
     text = PaliGemmaConfig.from_dict(changed("text_config", **null_base)).text
     assert (text.rope_theta, text.head_dim) == (500.0, 256)
 
@@ -170,6 +203,7 @@ def test_null_is_no_value():
         ({"bos_token_id": -1, "pad_token_id": -1, "eos_token_id": -1}, {"eos_token_id": [1, 7]}, (2, 0, (1, 7))),
         ({"eos_token_id": [7, -1]}, {}, (2, 0, (7,))),
         ({"eos_token_id": []}, {"eos_token_id": 7}, (2, 0, (7,))),
+        ({"eos_token_id": 1}, {"eos_token_id": [1, 107]}, (2, 0, (1,))),
     ],
 )
 def test_special_ids_may_be_in_either_place_and_minus_one_is_none(above, inside, expected):
@@ -192,14 +226,19 @@ def test_end_tokens_of_the_generation_config_count(tmp_path, there):
     assert PaliGemmaConfig.from_file(tmp_path / "config.json").eos_token_ids == (there.get("eos_token_id", 1),)
 
 
-def test_written_config_is_read_back():
-    for text in (TextConfig(rope_theta=500.0), TextConfig("gemma2", query_pre_attn_scalar=256.0, sliding_window=8)):
-        config = PaliGemmaConfig(VisionConfig(hidden_act="gelu"), text, eos_token_ids=(1, 107))
-        assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+@pytest.mark.parametrize("text", [TextConfig(rope_theta=500.0), LEFT_OUT_TEXT["gemma2"]], ids=["gemma", "gemma2"])
+def test_written_config_is_read_back_and_read_by_transformers(text):
+    config = PaliGemmaConfig(VisionConfig(hidden_act="gelu"), text, image_token_id=999, eos_token_ids=(1, 107))
+    assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+    theirs = transformers.PaliGemmaConfig.from_dict(config.to_dict()).text_config
+    assert theirs.rope_parameters["rope_theta"] == text.rope_theta
+    for name in set(text.__dataclass_fields__) - {"rope_theta"}:
+        assert getattr(theirs, name, None) == getattr(text, name), name
 
 
-def test_image_token_of_the_tokenizer_counts_in_the_loaded_checkpoint(tmp_path):
-    config = json.loads((save_reference(make_reference(), tmp_path) / "config.json").read_text())
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_image_token_of_the_tokenizer_counts_in_the_loaded_checkpoint(tmp_path, family):
+    config = json.loads((save_reference(make_reference(family=family), tmp_path) / "config.json").read_text())
     config["image_token_index"] = VOCABULARY.token_to_id("<loc0000>")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert paligemma.load(tmp_path, device="cpu").config.image_token_id == VOCABULARY.token_to_id("<image>")

@@ -28,14 +28,14 @@ assert hardware.choose_device(None).type == "cuda"
 assert hardware.unused_gpu() is None
 assert hardware.available_memory() > 2**30
 needed = []
-for asked, dtype in (("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+for asked, dtype in (("auto", torch.bfloat16), ("float32", torch.float32)):
     vlm = paligemma.load(device="cuda", dtype=asked, make_room=needed.append)
     assert (vlm.device, vlm.dtype) == (torch.device("cuda", 0), dtype)
     assert {buffer.device.type for buffer in vlm.model.buffers()} == {"cuda"}
     # What is packed for the workers, with a GPU of their own, is behind each parameter.
     expected = paligemma.load(device="cpu", dtype=dtype).model.parameters()
     assert all(map(torch.equal, map(cuda_aliases.get, vlm.model.parameters()), expected))
-assert needed[0] == needed[1] == needed[2] // 2
+assert 2 * needed[0] == needed[1]
 print("loaded")
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import weakref
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import paligemma
 from paligemma import PaliGemmaError, engine
+from paligemma import VisionLanguageModel as VLM
 from paligemma.engine import PREFILL_SHARE, Engine
 from paligemma.sequence import MAX_AHEAD
 
@@ -113,6 +115,23 @@ def test_a_stopped_answer_is_computed_no_further_and_its_slot_is_used_again(vlm,
     second.close()
     wait_until(lambda: not vlm.engine._running)
     assert next(first, None) is None
+
+
+@pytest.mark.parametrize("ask", [VLM.stream, lambda vlm, image, prompt: vlm.stream_batch([image] * 2, [prompt] * 2)])
+def test_an_answer_can_be_closed_while_another_thread_waits_for_its_next_token(vlm, log, monkeypatch, ask):
+    decode, go_on = vlm.model.decode, threading.Event()
+    monkeypatch.setattr(vlm.model, "decode", lambda *arguments: go_on.wait(60) and decode(*arguments))
+    answer = ask(vlm, IMAGES[0], "caption en")
+    reading = threading.Thread(target=list, args=(answer,), daemon=True)
+    reading.start()
+    wait_until(lambda: vlm.engine._running)
+    time.sleep(0.2)  # the first step is under way
+    answer.close()
+    reading.join(timeout=20)
+    assert not reading.is_alive()
+    go_on.set()
+    wait_until(lambda: not vlm.engine._running)
+    assert len([entry for entry in log if entry != "layer"]) <= 1
 
 
 def test_an_answer_that_nobody_reads_waits_while_the_others_go_on(vlm, log):

@@ -79,6 +79,29 @@ def test_errors_come_at_the_call_and_not_at_the_first_token(tiny, tmp_path):
         tiny.stream(IMAGE, "")
 
 
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        ([], "^There is no picture; please give one or more.$"),
+        ([IMAGE, 5], "^The picture is of type int; please give a Pillow picture or a path.$"),
+        ([IMAGE] * 1000, "^There are 1000 pictures, but {} fit; please give fewer.$"),
+    ],
+    ids=["none", "a number", "a thousand"],
+)
+def test_images_that_cannot_be_taken_are_refused(tiny, images, sentence):
+    fitting = (tiny.config.text.max_position_embeddings - 4) // tiny.config.vision.num_patches
+    with pytest.raises(PaliGemmaError, match=sentence.format(fitting)):
+        tiny.stream(images, "caption en")
+    assert len(tiny.processor.input_ids("a", fitting)) < tiny.config.text.max_position_embeddings
+
+
+def test_each_prompt_of_a_batch_has_an_image_or_several(long_winded):
+    images = [[IMAGE, EXAMPLES / "music.png"], IMAGE, [EXAMPLES / "music.png", IMAGE]]
+    alone = [long_winded.generate(image, "caption en", max_new_tokens=8) for image in images]
+    assert long_winded.generate_batch(images, ["caption en"] * 3, max_new_tokens=8) == alone
+    assert len(set(alone)) == 3
+
+
 def test_what_is_no_image_is_refused(tiny, tmp_path):
     with pytest.raises(PaliGemmaError, match="please give a Pillow picture or a path"):
         tiny.stream(None, "caption en")
@@ -175,6 +198,13 @@ def test_a_second_prompt_about_an_image_runs_no_encoder(tiny, encoder_runs, tmp_
     assert tiny.generate(tmp_path / "the same.png", "caption en") == first
     assert len(encoder_runs) == 1
     tiny.generate(ImageOps.mirror(Image.open(IMAGE).convert("RGB")), "caption en")
+    assert len(encoder_runs) == 2
+
+
+def test_of_several_images_only_the_unseen_are_encoded(tiny, encoder_runs):
+    other = EXAMPLES / "music.png"
+    tiny.generate([IMAGE, other, IMAGE], "caption en", max_new_tokens=1)
+    tiny.generate([other], "caption en", max_new_tokens=1)
     assert len(encoder_runs) == 2
 
 

@@ -38,7 +38,7 @@ def upload(tmp_path, monkeypatch):
 
 def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny, upload):
     image = upload("cats.png")
-    first, *steps, last = handlers.run(models, image, "detect cat\n\n caption en ", EMBEDDED, [], *GREEDY)
+    first, *steps, last = handlers.run(models, image, None, "detect cat\n\n caption en ", EMBEDDED, [], *GREEDY)
     assert first == {"figure": "", "answers": "", "speed": "", "is_answered": False}
     assert len([step for step in steps if step.get("figure")]) >= 2, "objects are drawn one after another"
     answers = [(prompt, tiny.generate(image["path"], prompt)) for prompt in ("detect cat", "caption en")]
@@ -49,11 +49,40 @@ def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny
     assert steps[-1]["speed"].startswith("First token after")
 
 
+def test_further_images_come_before_the_prompt_with_the_first(models, tiny, upload):
+    image, *others = map(upload, ("cats.png", "music.png", "sign.png"))
+    in_gallery = [{"image": other, "caption": None} for other in others]
+    *_, step, last = handlers.run(models, image, in_gallery, "caption en", EMBEDDED, [], *GREEDY)
+    answer = tiny.generate([one["path"] for one in (image, *others)], "caption en")
+    assert answer != tiny.generate(image["path"], "caption en")
+    assert last["record"]["answers"] == [("caption en", answer)]
+    assert last["record"]["more"] == [other["path"] for other in others]
+    assert step["speed"].endswith("3 pictures, with boxes and masks on the first")
+    *_, (text, _) = handlers.generate(models, image, "caption en", more_images=others)
+    assert text == answer
+
+
+@pytest.mark.parametrize(
+    ("others", "sentence"),
+    [
+        (5, "^more_images is of type int; please give a list of uploaded files.$"),
+        (["cats.png"], "^The picture is not an uploaded file; "),
+        ([{"path": "/etc/hostname"}], "^The picture was not uploaded to this page; "),
+        ([{"image": {"path": "/etc/hostname"}}], "^The picture was not uploaded to this page; "),
+        ([{"video": {"path": "/etc/hostname"}}], "^There is no picture yet; "),
+        ([None] * handlers.MAX_IMAGES, "^These are 9 pictures; please give at most 8.$"),
+    ],
+)
+def test_further_images_that_cannot_be_taken_get_one_sentence(models, upload, others, sentence):
+    with pytest.raises(PaliGemmaError, match=sentence):
+        next(handlers.generate(models, upload("cats.png"), "caption en", more_images=others))
+
+
 def test_history_is_the_latest_first_once_each_and_bounded(models, upload):
     image, history = upload("cats.png"), []
     questions = [f"answer en how many cats are there? {number}" for number in range(handlers.MAX_HISTORY)]
     for prompt in ("caption en", "caption en", *questions):
-        *_, last = handlers.run(models, image, prompt, EMBEDDED, history, 1, *GREEDY[1:])
+        *_, last = handlers.run(models, image, None, prompt, EMBEDDED, history, 1, *GREEDY[1:])
         history = last["history"]
     assert [handlers.prompts_of(record) for record in history] == questions[::-1]
 
@@ -62,7 +91,9 @@ def test_an_earlier_answer_comes_back_and_can_be_saved(models, upload):
     image = upload("cats.png")
     width, height = Image.open(image["path"]).size
     record = {**image, "size": (width, height), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
+    record["more"] = [image["path"]]
     shown = handlers.show_again(models, 0, [record])
+    assert (shown["image"], shown["more_images"]) == (image["path"], record["more"])
     assert shown["prompt"] == "detect cat"
     assert "cat</b>" in shown["answers"]
     assert image["url"] in shown["figure"]
@@ -140,11 +171,11 @@ def test_an_image_that_cannot_be_opened_gets_one_sentence(models, image, sentenc
     if isinstance(image, dict) and isinstance(image["path"], str):
         image = {"path": image["path"].replace("{folder}", get_upload_folder())}
     with pytest.raises(PaliGemmaError, match=sentence):
-        handlers.caption(models, image)
+        next(handlers.caption(models, image))
 
 
 @pytest.mark.parametrize("objects", [None, 5, ["cat"]])
 def test_what_to_find_must_be_a_text(models, objects):
     for endpoint in (handlers.detect, handlers.segment):
         with pytest.raises(PaliGemmaError, match="^objects is .*; please give a text"):
-            endpoint(models, {"path": "x"}, objects)
+            next(endpoint(models, {"path": "x"}, objects))

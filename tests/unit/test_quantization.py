@@ -28,8 +28,8 @@ from paligemma.quantization import InputMemo, Int8Linear, pack, packing, quantiz
 from paligemma.quantization.packing import OneDnnWeight
 from paligemma.quantization.rounding import rotate, rotation, unrotate
 
-# [in, out]: of vision encoder and decoder in the official shapes, and of the embedded checkpoint.
-SHAPES = [(1152, 1152), (1152, 4304), (4304, 1152), (2048, 4096), (16384, 2048), (192, 512)]
+# [in, out]: of vision encoder and decoders in the official shapes, and of the embedded checkpoint.
+SHAPES = [(1152, 1152), (1152, 4304), (4304, 1152), (2048, 4096), (16384, 2048), (2304, 2048), (9216, 2304), (192, 512)]
 
 
 def relative_error(output, exact):
@@ -254,6 +254,15 @@ def test_logits_are_nearly_those_of_float32(tiny, tiny_int8):
     assert_nearly_the_logits_of_float32(tiny, tiny_int8, cosine=0.999)
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_logits_of_random_checkpoints_are_nearly_those_of_float32(tmp_path, int8_cache, family, kv_heads):
+    folder = save_reference(make_reference(family=family, kv_heads=kv_heads, std=0.2), tmp_path / "random")
+    ours = paligemma.load(folder, dtype="int8")
+    assert torch.nn.Linear not in map(type, ours.model.modules())
+    assert_nearly_the_logits_of_float32(paligemma.load(folder, dtype="float32"), ours)
+
+
 def test_logits_of_an_output_layer_of_its_own_are_nearly_those_of_float32(untied_folder, int8_cache):
     ours = paligemma.load(untied_folder, dtype="int8")
     assert isinstance(ours.model.lm_head, Int8Linear)
@@ -262,9 +271,9 @@ def test_logits_of_an_output_layer_of_its_own_are_nearly_those_of_float32(untied
     assert_nearly_the_logits_of_float32(paligemma.load(untied_folder, dtype="float32"), ours)
 
 
-@pytest.fixture
-def untied_folder(tmp_path):
-    reference = make_reference(std=0.2)
+@pytest.fixture(params=["gemma", "gemma2"])
+def untied_folder(request, tmp_path):
+    reference = make_reference(family=request.param, std=0.2)
     reference.config.tie_word_embeddings = False
     reference.lm_head.weight = torch.nn.Parameter(torch.randn_like(reference.lm_head.weight) * 0.05)
     return save_reference(reference, tmp_path / "untied")

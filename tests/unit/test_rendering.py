@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
 from paligemma.annotations import Detection
-from paligemma.demo.rendering import COLORS, answers_html, draw, figure_html, mark_objects, to_json
+from paligemma.demo.rendering import COLORS, MaskCache, answers_html, draw, figure_html, mark_objects, to_json
 from paligemma.demo.serving import Answer
 
 LEFT_HALF = np.where(np.arange(64) < 32, 1.0, -1.0).astype(np.float32)[None].repeat(64, 0)
@@ -17,8 +18,10 @@ CAT = Detection("cat", (0.25, 0.25, 0.75, 0.75), (5,) * 16)
 DOG = Detection("dog", (0.0, 0.5, 0.25, 1.0 - 1 / 1024))
 
 
-def decode_mask(codes):
-    return LEFT_HALF
+@pytest.fixture
+def masks():
+    """Masks whose left half is inside."""
+    return MaskCache(lambda codes: LEFT_HALF)
 
 
 def luminance(color):
@@ -32,20 +35,20 @@ def test_white_letters_can_be_read_on_each_color(color):
     assert 1.05 / (luminance(color) + 0.05) >= 4.5
 
 
-def test_neighbors_in_an_answer_have_different_colors():
-    objects = mark_objects([CAT] * (len(COLORS) + 1), decode_mask)
+def test_neighbors_in_an_answer_have_different_colors(masks):
+    objects = mark_objects([CAT] * (len(COLORS) + 1), masks)
     assert len({marked.color for marked in objects[:-1]}) == len(COLORS)
     assert objects[0].color == objects[-1].color
 
 
 def test_without_a_decoder_a_mask_is_a_box():
-    (cat,) = mark_objects([CAT], None)
+    (cat,) = mark_objects([CAT], MaskCache(None))
     assert cat.mask is None
     assert to_json([cat], (400, 200)) == [{"label": "cat", "box": [100, 50, 300, 150], "mask": None}]
 
 
-def test_json_has_pixels_of_the_original_image_and_run_lengths():
-    cat, dog = to_json(mark_objects([CAT, DOG], decode_mask), (400, 200))
+def test_json_has_pixels_of_the_original_image_and_run_lengths(masks):
+    cat, dog = to_json(mark_objects([CAT, DOG], masks), (400, 200))
     assert (cat["label"], cat["box"]) == ("cat", [100, 50, 300, 150])
     assert cat["mask"]["size"] == [200, 400]
     # One hundred columns have a hundred pixels of the cat.
@@ -53,9 +56,9 @@ def test_json_has_pixels_of_the_original_image_and_run_lengths():
     assert dog == {"label": "dog", "box": [200, 0, 400, 50], "mask": None}
 
 
-def test_marks_are_drawn_in_the_size_of_the_image():
+def test_marks_are_drawn_in_the_size_of_the_image(masks):
     image = Image.new("L", (400, 200), 255)
-    drawn = draw(image, mark_objects([CAT, DOG], decode_mask))
+    drawn = draw(image, mark_objects([CAT, DOG], masks))
     assert (drawn.mode, drawn.size) == ("RGB", (400, 200))
     cat, dog = (ImageColor.getrgb(color) for color in COLORS[:2])
     assert drawn.getpixel((100, 100)) == cat, "the box"
@@ -67,11 +70,11 @@ def test_marks_are_drawn_in_the_size_of_the_image():
     assert image.getpixel((100, 100)) == 255, "the image itself stays as it is"
 
 
-def test_an_object_on_the_edge_of_a_tiny_image_is_drawn():
-    draw(Image.new("RGB", (1, 1)), mark_objects([CAT, DOG], decode_mask))
+def test_an_object_on_the_edge_of_a_tiny_image_is_drawn(masks):
+    draw(Image.new("RGB", (1, 1)), mark_objects([CAT, DOG], masks))
 
 
-def test_labels_and_marks_carry_the_same_number_and_color():
+def test_labels_and_marks_carry_the_same_number_and_color(masks):
     answers = [
         Answer.of("caption en", "a cat"),
         Answer.of(
@@ -80,16 +83,16 @@ def test_labels_and_marks_carry_the_same_number_and_color():
         Answer.of("detect dog", "<loc0000><loc0512><loc0256><loc1023> dog"),
     ]
     found = [one for answer in answers for one in answer.annotated.detections]
-    objects = mark_objects(found, decode_mask)
+    objects = mark_objects(found, masks)
     pattern = r'data-object="(\d)"[^>]*--color: (#\w+)'
     labels = re.findall(pattern, answers_html(answers, objects, "none"))
     marks = re.findall(pattern, figure_html("file=cat.png", (400, 200), objects))
     assert labels == marks == [(str(number), COLORS[number]) for number in range(3)]
 
 
-def test_what_people_and_models_write_is_no_markup():
+def test_what_people_and_models_write_is_no_markup(masks):
     answers = [Answer.of("<b>", "<script> & <loc0256><loc0256><loc0768><loc0768> c&t")]
-    objects = mark_objects(answers[0].annotated.detections, decode_mask)
+    objects = mark_objects(answers[0].annotated.detections, masks)
     html = answers_html(answers, objects, "none") + figure_html('x" onerror="y', (4, 4), objects)
     assert "<script" not in html
     assert "<code><b>" not in html
@@ -103,3 +106,17 @@ def test_empty_and_broken_answers_are_explained():
     broken = answers_html([Answer.of("detect cat", "<loc0256> cat")], [], "")
     assert "a box of 1 instead of 4 locations" in broken
     assert "&lt;loc0256&gt; cat" in broken, "the text stays"
+
+
+def test_the_masks_of_a_growing_answer_are_decoded_and_outlined_once():
+    decoded = []
+    masks = MaskCache(lambda codes: decoded.append(codes) or LEFT_HALF)
+    (first,), (again, other) = mark_objects([CAT], masks), mark_objects([replace(CAT, label="cats"), DOG], masks)
+    assert decoded == [CAT.codes]
+    assert first.mask.outline is again.mask.outline
+    assert other.mask is None
+
+
+def test_objects_of_an_unfinished_answer_travel_without_masks(masks):
+    objects = mark_objects([CAT, DOG], masks)
+    assert [one["mask"] for one in to_json(objects, (400, 200), with_masks=False)] == [None, None]

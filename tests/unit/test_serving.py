@@ -145,7 +145,7 @@ def test_prompts_are_answered_together_and_the_image_is_encoded_once(tiny, monke
     prompts = ["caption en", "detect cat"]
     steps = [
         [(answer.text, answer.is_finished) for answer in answers]
-        for answers in answer_prompts(tiny, IMAGE, prompts, {})
+        for answers in answer_prompts(tiny, [IMAGE], prompts, {})
     ]
     assert steps[0] == [("", False)] * 2
     assert steps[-1] == [(tiny.generate(IMAGE, prompt), True) for prompt in prompts]
@@ -156,13 +156,13 @@ def test_prompts_are_answered_together_and_the_image_is_encoded_once(tiny, monke
 
 def test_a_bad_prompt_among_several_is_found_before_the_first_answer(tiny):
     with pytest.raises(PaliGemmaError, match="prompt is empty"):
-        next(answer_prompts(tiny, IMAGE, ["caption en", ""], {}))
+        next(answer_prompts(tiny, [IMAGE], ["caption en", ""], {}))
 
 
 def test_each_answer_leaves_one_line_without_its_content(tiny, caplog):
     with caplog.at_level(logging.INFO, logger="paligemma"):
-        list(answer_prompts(tiny, IMAGE, ["detect cat", "is this a secret?"], {}))
-        growing = answer_prompts(Watched(tiny), IMAGE, ["caption en"], {})
+        list(answer_prompts(tiny, [IMAGE], ["detect cat", "is this a secret?"], {}))
+        growing = answer_prompts(Watched(tiny), [IMAGE], ["caption en"], {})
         next(growing), next(growing)
         growing.close()
     first, second, third = (record.getMessage() for record in caplog.records)

@@ -10,6 +10,7 @@ import pytest
 from conftest import EXAMPLES, ROOT
 from random_checkpoints import make_reference, save_reference
 
+import paligemma
 from paligemma.__main__ import main
 
 IMAGE = EXAMPLES / "cats.png"
@@ -35,6 +36,15 @@ def test_settings_reach_the_model(tiny, capsys):
     assert capsys.readouterr().out == tiny.generate(IMAGE, "caption en", **settings) + "\n"
 
 
+def test_several_images_and_a_tokenizer_reach_the_model(tmp_path, capsys):
+    folder = save_reference(make_reference(std=0.2), tmp_path / "checkpoint")
+    tokenizer = (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    images = [str(IMAGE), str(EXAMPLES / "music.png")]
+    main([images[0], "--model", str(folder), images[1], "caption en", "--tokenizer", str(tokenizer)])
+    expected = paligemma.load(folder, tokenizer=tmp_path).generate(images, "caption en")
+    assert capsys.readouterr().out.rstrip("\n") == expected.rstrip("\n")
+
+
 def test_tokens_are_printed_as_they_come_until_the_reader_goes_away(tmp_path):
     save_reference(make_reference(std=0.2), tmp_path)
     long_answer = command(IMAGE, "caption en", "--model", tmp_path, "--max-new-tokens", 500)
@@ -54,6 +64,8 @@ def test_tokens_are_printed_as_they_come_until_the_reader_goes_away(tmp_path):
         ((ROOT / "README.md", "caption en"), "README.md is not a picture; please choose"),
         ((IMAGE, " "), "The prompt is empty; please ask something"),
         ((IMAGE, "caption en", "--model", "./nowhere"), "There is no folder ./nowhere; please give a folder"),
+        ((IMAGE, "nowhere.png", "caption en"), "There is no file nowhere.png; please check its path."),
+        ((IMAGE, "caption en", "--tokenizer", "nowhere"), "nowhere is missing; a checkpoint needs the tokenizer.json"),
         ((IMAGE, "caption en", "--dtype", "float12"), "The dtype float12 is not known; please choose"),
         ((IMAGE, "caption en", "--max-new-tokens", 0), "max_new_tokens is 0; after this prompt please give"),
         ((IMAGE, "caption en", "--temperature", -1), "temperature is -1.0; please give"),
