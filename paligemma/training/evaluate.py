@@ -54,8 +54,10 @@ def evaluate(vlm: VisionLanguageModel, scenes: Sequence[Scene]) -> dict[int, dic
     rng = np.random.default_rng(SEED)
     sums: dict[int, dict[str, np.ndarray]] = defaultdict(lambda: defaultdict(lambda: np.zeros(2)))
     for scene in scenes:
-        for question in questions(rng, scene):
-            answer = vlm.generate(scene.image, question.prompt, max_new_tokens=MAX_NEW_TOKENS)
+        asked = questions(rng, scene)
+        prompts = [question.prompt for question in asked]
+        answers = vlm.generate_batch([scene.image] * len(asked), prompts, max_new_tokens=MAX_NEW_TOKENS)
+        for question, answer in zip(asked, answers):
             for name, score, best_score in _scores(vlm, scene, question, answer):
                 for group in (0, len(scene.objects)):
                     sums[group][name] += score, best_score
