@@ -193,7 +193,7 @@ def test_a_language_that_is_none_is_refused(models, upload, language):
 @pytest.mark.parametrize("checkpoint", [None, ["embedded"], {}, "another"])
 def test_a_checkpoint_that_is_not_offered_is_refused(models, upload, checkpoint):
     with pytest.raises(PaliGemmaError, match="^The checkpoint .* is not offered here; please choose one of embedded"):
-        list(handlers.run(models, upload("cats.png"), "caption en", checkpoint, [], *GREEDY))
+        list(handlers.run(models, upload("cats.png"), None, "caption en", checkpoint, [], *GREEDY))
 
 
 @pytest.mark.parametrize("number", [0, -1, 257, 1.5, "many", None, 10**400, float("nan")])
@@ -220,7 +220,7 @@ def test_of_images_that_nobody_waits_for_few_are_being_read_and_soon_none(models
     monkeypatch.setattr(handlers, "STATUS_SECONDS", 0.01)
     image = upload("cats.png")
     Image.new("RGB", (7000, 7000)).save(image["path"], "JPEG", progressive=True)  # a second or so each
-    runs = [handlers.run(models, image, "caption en", EMBEDDED, [], *GREEDY) for _ in range(30)]
+    runs = [handlers.run(models, image, None, "caption en", EMBEDDED, [], *GREEDY) for _ in range(30)]
     assert all(next(run) == {} for run in runs)
     readers = [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
     assert len(readers) == handlers.MAX_READERS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import weakref
 
 import pytest
@@ -12,7 +11,6 @@ from conftest import EXAMPLES, Watched, wait_until
 from PIL import Image
 
 from paligemma import PaliGemmaError, hardware
-from paligemma.demo import serving
 from paligemma.demo.serving import EMBEDDED, Answer, Models, answer_prompts
 
 IMAGE = Image.open(EXAMPLES / "cats.png")
@@ -162,25 +160,6 @@ def test_large_images_are_not_kept_while_an_answer_is_made(tiny):
     next(answers)
     assert image() is None
     assert list(answers)[-1][0].text == tiny.generate(IMAGE, "caption en")
-
-
-def test_freed_memory_goes_back_when_nobody_has_asked_for_a_while(tiny, monkeypatch):
-    trims = []
-    monkeypatch.setattr(serving, "IDLE_SECONDS", 0.2)
-    monkeypatch.setattr(hardware, "give_back_freed_memory", lambda: trims.append(time.monotonic()))
-    machine = Machine(3, tiny)
-    for _ in range(5):
-        machine.use("a")
-        time.sleep(0.05)
-    last = time.monotonic()
-    wait_until(lambda: trims)
-    time.sleep(0.3)
-    assert len(trims) == 1
-    assert trims[0] > last
-    with machine.models.use("a"):
-        machine.use("a")
-        time.sleep(0.4)
-        assert len(trims) == 1, "somebody is being answered"
 
 
 def test_a_bad_prompt_among_several_is_found_before_the_first_answer(tiny):
