@@ -61,16 +61,20 @@ def _attend_soft_capped(
     batch, kv_heads, count, _ = rows.shape
     group = count // length
     positions = max(1, MAX_SCORES // (batch * kv_heads * group * keys.shape[2]))
-    pieces = []
+    if positions >= length:
+        return _attend_piece(rows, keys, values, mask, scale, softcap, group)
+    # Allocated before the scores: between those of one piece and the next, what each has attended to would leave gaps in
+    # the heap that are too small for the scores of others, until it is as large as all scores.
+    attended, pieces = torch.empty_like(rows), []
     for start in range(0, length, positions):
-        piece = rows[:, :, start * group : (start + positions) * group]
+        place = slice(start * group, (start + positions) * group)
         piece_mask = mask[:, :, start : start + positions] if mask is not None and mask.shape[2] > 1 else mask
-        arguments = piece, keys, values, piece_mask, scale, softcap, group
-        if positions < length and torch.is_grad_enabled():
+        arguments = rows[:, :, place], keys, values, piece_mask, scale, softcap, group
+        if torch.is_grad_enabled():
             pieces.append(checkpoint(_attend_piece, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            pieces.append(_attend_piece(*arguments))
-    return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+            attended[:, :, place] = _attend_piece(*arguments)
+    return torch.cat(pieces, dim=2) if pieces else attended
 
 
 def _attend_piece(

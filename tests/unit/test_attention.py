@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paligemma import attention
@@ -78,6 +82,27 @@ class TensorSizes(TorchDispatchMode):
         tensors = output if isinstance(output, tuple) else (output,)
         self.sizes.extend(tensor.numel() for tensor in tensors if torch.is_tensor(tensor))
         return output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_the_peak_of_memory_at_896_pixels_is_a_fraction_of_all_scores():
+    script = """
+import torch
+from pathlib import Path
+from paligemma.attention import attend
+
+def kilobytes(name):
+    return int(Path("/proc/self/status").read_text().partition(name)[2].split()[0])
+
+queries, keys, values = torch.randn(1, 4100, 8, 16), torch.randn(1, 4, 4100, 16), torch.randn(1, 4, 4100, 16)
+with torch.inference_mode():
+    attend(queries[:, :99], keys, values, softcap=50.0)
+    before = kilobytes("VmHWM:")
+    attend(queries, keys, values, softcap=50.0)
+print(kilobytes("VmHWM:") - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 1024 * int(run.stdout) < 4 * 8 * 4100**2 / 4
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
