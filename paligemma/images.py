@@ -158,10 +158,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy that is rotated and mirrored as the metadata say, and holds no metadata that would do so again."""
+    """An image that is rotated and mirrored as the metadata say, and holds no metadata that would do so again.
+
+    Where nothing is to be rotated, it shares its pixels, which may be hundreds of megabytes.
+    """
     # Pillow's own `exif_transpose` writes the metadata anew, which fails on many that can be read.
     transposition = _transposition(image)
-    image = image.copy() if transposition is None else image.transpose(transposition)
+    image = image._new(image.im) if transposition is None else image.transpose(transposition)
     for name in METADATA:
         image.info.pop(name, None)
     return image

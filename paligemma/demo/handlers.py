@@ -47,7 +47,7 @@ MAX_LINK_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
 MAX_LINK_CHARACTERS = 2000
 MAX_HISTORY = 8
 SCENE_SIZE, SCENE_OBJECTS = 336, 6  # pixels, and how many at most
-MAX_HELD_PIXELS = MAX_PIXELS  # of images that are being asked about; more are not read until one of these goes
+MAX_HELD_PIXELS = MAX_PIXELS // 2  # of images that are being asked about; more are not read until one of these goes
 HELD_SECONDS, MAX_HELD_SECONDS = 0.1, 30  # between two looks at that, and at most
 MAX_READERS = 2  # images read at the same time, each of which may take half a gigabyte; others wait
 
