@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import EXAMPLES, ONE_TOKEN, Answering, tokens_after, wait_until
-from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import expect
 
 import app
 from paligemma.demo import handlers
 from paligemma.demo.handlers import SETTINGS, read_settings
+from paligemma.demo.hosting import delete_old_files, own_upload_folder
 from paligemma.demo.serving import EMBEDDED, Models
 from paligemma.prompts import TASKS
 
@@ -202,15 +202,15 @@ def test_the_marked_picture_and_the_objects_can_be_downloaded(open_page, serve, 
 
 
 def test_downloads_are_deleted_with_the_uploaded_files(tiny):
-    page = app.build_page(Models([None], lambda source, **_: tiny))
-    folder = Path(get_upload_folder()) / "downloads"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(PICTURE, folder)
-    record = {"path": str(folder / PICTURE.name), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
-    for name in ("save_image", "save_objects"):
-        path = next(event.fn for event in page.fns.values() if event.name == name)(record)
-        assert Path(path).stat().st_size
-        assert any(path in files for files in page.temp_file_sets)
+    with own_upload_folder() as folder:
+        page = app.build_page(Models([None], lambda source, **_: tiny))
+        shutil.copy(PICTURE, folder)
+        record = {"path": str(folder / PICTURE.name), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
+        for name in ("save_image", "save_objects"):
+            path = next(event.fn for event in page.fns.values() if event.name == name)(record)
+            assert Path(path).stat().st_size
+            delete_old_files(folder, -1, page.own_files() | {record["path"]})
+            assert not Path(path).exists()
 
 
 def test_a_link_opens_the_page_with_prompt_and_settings(open_page, page_address):
