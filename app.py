@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import inspect
-import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from functools import partial, update_wrapper
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,6 +25,7 @@ import paligemma
 from paligemma.demo import handlers, hosting, rendering
 from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
+from paligemma.demo.scripts import COPY_TEXT, DOWNLOAD, MAKE_LINK
 from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Models, load_checkpoint
 from paligemma.demo.theme import THEME
 from paligemma.demo.zero_gpu import IS_ZERO_GPU, borrow_gpu  # before anything that imports torch
@@ -42,7 +38,6 @@ MAX_CLIENT_SHARE = 64  # of the queue, for one address
 MAX_SESSIONS = 500  # whose answers can be chosen again; each takes about 0.1 MB
 MAX_BODY_LENGTH = 128_000  # bytes
 FILES_KEPT_SECONDS = 3600
-LAST_ANSWERS_SECONDS = 60  # for what streams when the server is asked to end
 
 DEMO_FOLDER = Path(handlers.__file__).parent
 EXAMPLES = [
@@ -53,10 +48,7 @@ EXAMPLES = [
     ["sign.png", "ocr"],
 ]
 NOTHING_YET = '<p class="nothing-yet">The answer appears here, with boxes and masks on the picture.</p>'
-MORE_PICTURES = (
-    "These come before the prompt together with the picture above, for checkpoints that were trained on several. Boxes and "
-    "masks are drawn on the one above."
-)
+MORE_PICTURES = "For checkpoints trained on several pictures at once. Boxes and masks are drawn on the one above."
 LAUNCH_SETTINGS: dict[str, Any] = {
     "theme": THEME,
     "css": rendering.linking_css(),
@@ -69,17 +61,6 @@ LAUNCH_SETTINGS: dict[str, Any] = {
         "exception_handlers": {OSError: hosting.explain_full_disk},
     },
 }
-# The browser's part: it has the clipboard, its own address, and the files that were made for it.
-COPY_TEXT = """() => navigator.clipboard.writeText(
-    [...document.querySelectorAll("#answers .text")].map((text) => text.textContent).join("\\n"))"""
-MAKE_LINK = f"""(...values) => {{
-    const link = new URL(window.location.href.split(/[?#]/)[0]);
-    {json.dumps(handlers.LINK_FIELDS)}.forEach((name, index) => {{
-        if (values[index] !== null && values[index] !== "") link.searchParams.set(name, values[index]);
-    }});
-    return link.href;
-}}"""
-DOWNLOAD = "() => setTimeout(() => document.querySelector('#file').click(), 200)"
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 TOGETHER: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 16}  # who comes later waits in a queue
 
@@ -153,15 +134,9 @@ def build_page(models: Models) -> Page:
         timer = gr.Timer(STATUS_SECONDS, active=False)
 
         # What the handlers change, by the names that they give it.
-        parts: dict[str, Component] = {"about": about, "status": status, "image": image, "task": task, "prompt": prompt}
-        parts |= {
-            "more_images": more_images,
-            "hint": hint,
-            "checkpoint": checkpoint,
-            "figure": figure,
-            "answers": answers,
-            "speed": speed,
-        }
+        parts: dict[str, Component] = {"about": about, "status": status, "image": image, "more_images": more_images}
+        parts |= {"task": task, "prompt": prompt, "hint": hint, "checkpoint": checkpoint}
+        parts |= {"figure": figure, "answers": answers, "speed": speed}
         parts |= {"record": record, "history": history} | dict(zip((one.name for one in SETTINGS), settings))
         optional = {"is_answered": actions, "has_language": language, "can_draw": draw}
 
@@ -182,8 +157,8 @@ def build_page(models: Models) -> Page:
         async def stop_answers(request: gr.Request) -> None:
             page.stop(str(request.session_hash))
 
-        on_page = partial(_event, page, show=show, write=escape)
-        to_file = partial(_event, page, write=escape)
+        on_page = partial(page.event, show=show, write=escape)
+        to_file = partial(page.event, write=escape)
 
         # --- what is pressed
 
@@ -237,15 +212,8 @@ def _more_pictures() -> gr.Gallery:
     """A place for further pictures, folded away."""
     with gr.Accordion("More pictures", open=False):
         gr.Markdown(MORE_PICTURES)
-        return gr.Gallery(
-            label="Further pictures",
-            file_types=["image"],
-            sources=["upload", "clipboard"],
-            columns=4,
-            object_fit="contain",
-            height=160,
-            elem_id="more-pictures",
-        )
+        sources: list[Any] = ["upload", "clipboard"]
+        return gr.Gallery(label="Further pictures", sources=sources, columns=4, height=160, elem_id="more-pictures")
 
 
 def _settings(checkpoints: list[str]) -> tuple[gr.Dropdown, list[Component]]:
@@ -280,41 +248,8 @@ def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: lis
         (handlers.segment, [image, kinds], [marked, objects]),
     ):
         call.click(
-            _event(page, handler, models), inputs, outputs, preprocess=False, api_name=handler.__name__, **TOGETHER
+            page.event(handler, models), inputs, outputs, preprocess=False, api_name=handler.__name__, **TOGETHER
         )
-
-
-def _event(
-    page: Page, handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str
-) -> Callable:
-    """A handler as Gradio calls it, with its first arguments given and its errors as Gradio's.
-
-    Args:
-        show: turns what the handler returns, or each thing that it yields, into what Gradio takes.
-        write: turns the sentence of a `PaliGemmaError` into what is shown.
-    """
-    call = partial(handler, *given)
-
-    @contextmanager
-    def sentences() -> Iterator[None]:
-        try:
-            yield
-        except paligemma.PaliGemmaError as error:
-            raise gr.Error(write(str(error)), print_exception=False) from error
-
-    def event(*values: object) -> object:
-        with sentences():
-            return show(call(*values))
-
-    async def stream(*values: object) -> AsyncIterator[object]:
-        with sentences():
-            async with aclosing(page.answerings.stream(call(*values))) as steps:
-                async for step in steps:
-                    yield show(step)
-
-    called = stream if inspect.isgeneratorfunction(handler) else event
-    called.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]  # Gradio reads it
-    return update_wrapper(called, handler)
 
 
 def main() -> None:
@@ -364,29 +299,7 @@ def _serve(arguments: argparse.Namespace, uploads: Path, ending: threading.Event
     except OSError as error:  # somebody else was faster
         return str(error)
     with hosting.cleaned_up(uploads, FILES_KEPT_SECONDS, examples):
-        first = models.start(models.names[0])
-        while not (first.done() or ending.wait(STATUS_SECONDS)):
-            pass
-        try:
-            if first.done():
-                first.result()
-        except paligemma.PaliGemmaError as error:
-            return str(error)
-        if EMBEDDED in models.names:
-            threading.Thread(target=handlers.prepare_scenes, daemon=True).start()
-        ending.wait()
-        # Who asks again to end does not want to wait.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: _end_at_once(uploads))
-        models.close()
-        page.answer_all(LAST_ANSWERS_SECONDS)
-        page.close(verbose=False)
-    return None
-
-
-def _end_at_once(uploads: Path) -> None:
-    shutil.rmtree(uploads, ignore_errors=True)
-    os._exit(1)
+        return hosting.run_until(ending, page, models, uploads)
 
 
 def _parse_arguments() -> argparse.Namespace:

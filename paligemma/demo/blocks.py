@@ -9,7 +9,9 @@ import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial, update_wrapper
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from fastapi import HTTPException
 from gradio.server_messages import ProcessCompletedMessage
 from pydantic import ValidationError
 
+from ..config import PaliGemmaError
 from .streaming import Answerings
 
 if TYPE_CHECKING:
@@ -41,6 +44,38 @@ class Page(gr.Blocks):
     def __init__(self, title: str):
         super().__init__(title=title)
         self.answerings = Answerings()
+
+    def event(
+        self, handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str
+    ) -> Callable:
+        """A handler as Gradio calls it, with its first arguments given and its errors as Gradio's.
+
+        Args:
+            show: turns what the handler returns, or each thing that it yields, into what Gradio takes.
+            write: turns the sentence of a `PaliGemmaError` into what is shown.
+        """
+        call = partial(handler, *given)
+
+        @contextmanager
+        def sentences() -> Iterator[None]:
+            try:
+                yield
+            except PaliGemmaError as error:
+                raise gr.Error(write(str(error)), print_exception=False) from error
+
+        def event(*values: object) -> object:
+            with sentences():
+                return show(call(*values))
+
+        async def stream(*values: object) -> AsyncIterator[object]:
+            with sentences():
+                async with aclosing(self.answerings.stream(call(*values))) as steps:
+                    async for step in steps:
+                        yield show(step)
+
+        called = stream if inspect.isgeneratorfunction(handler) else event
+        called.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]  # Gradio reads it
+        return update_wrapper(called, handler)
 
     async def process_api(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:  # noqa: ANN401
         """Answer a call; every error is a sentence, and what is logged of it holds none of the call's values."""

@@ -55,7 +55,7 @@ TASK_BY_NAME = {task.name: task for task in TASKS}
 TAGLINE = "Give it a picture and a prompt, and watch the answer arrive."
 ABOUT_EMBEDDED = (
     "This page runs the **small checkpoint that ships with it**: it knows 125 kinds of drawn objects, and no photographs. "
-    "For those, start it with an official one: `PALIGEMMA_MODEL=google/paligemma-3b-mix-224`."
+    "For those, start it with an official one: `PALIGEMMA_MODEL=google/paligemma2-3b-mix-224`."
 )
 ABOUT_OTHER = "This page runs `{}`."
 EMPTY_ANSWER = "An empty answer. To “detect” and “segment” it means: there is none."

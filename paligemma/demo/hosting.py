@@ -7,6 +7,7 @@ import hmac
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -22,10 +23,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from ..config import PaliGemmaError
+from .handlers import prepare_scenes
+from .serving import EMBEDDED, STATUS_SECONDS, Models
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from .blocks import Page
+
+LAST_ANSWERS_SECONDS = 60  # for what streams when the server is asked to end
 LOCALHOST = "127.0.0.1"
 WRONG_PASSWORD_SECONDS = 1.0  # until the next try of a password is looked at
 UPLOAD_FOLDER = "GRADIO_TEMP_DIR"  # the environment variable by which Gradio finds it
@@ -147,3 +153,34 @@ class OwnPagesOnly:
         if is_foreign and not is_link:
             app = PlainTextResponse("Other sites may not use this page in a visitor's name.", status_code=403)
         await app(scope, receive, send)
+
+
+def run_until(ending: Event, page: Page, models: Models, uploads: Path) -> str | None:
+    """Load the first checkpoint and let the page be used until `ending` is set, then finish what is being answered.
+
+    Returns:
+        the sentence of an error that ends it before: the checkpoint cannot be loaded.
+    """
+    first = models.start(models.names[0])
+    while not (first.done() or ending.wait(STATUS_SECONDS)):
+        pass
+    try:
+        if first.done():
+            first.result()
+    except PaliGemmaError as error:
+        return str(error)
+    if EMBEDDED in models.names:
+        Thread(target=prepare_scenes, daemon=True).start()
+    ending.wait()
+
+    def end_at_once(*_: object) -> None:
+        shutil.rmtree(uploads, ignore_errors=True)
+        os._exit(1)
+
+    # Who asks again to end does not want to wait.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_at_once)
+    models.close()
+    page.answer_all(LAST_ANSWERS_SECONDS)
+    page.close(verbose=False)
+    return None
