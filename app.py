@@ -265,10 +265,9 @@ def main() -> None:
         except Exception:
             log.exception("the page has ended")
             problem = "The page has ended, see the error above."
+    sys.stdout.flush()  # what Gradio printed comes before
     if problem:
-        print(problem, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        print(problem, file=sys.stderr, flush=True)
     os._exit(bool(problem))  # at once: what threads still do, such as loading, is for nobody
 
 
