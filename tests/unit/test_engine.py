@@ -249,10 +249,10 @@ def test_a_compiled_step_is_one_graph_a_bucket_and_never_compiled_again(vlm, mon
 def test_who_needs_a_cache_that_the_memory_does_not_hold_is_told_and_others_are_answered(vlm, monkeypatch):
     make, failures = vlm.engine._make_cache, [RuntimeError("DefaultCPUAllocator: can't allocate memory")] * 2
 
-    def fail_twice(capacity, rows):
-        if rows and failures:
+    def fail_twice(capacity):
+        if failures:
             raise failures.pop()
-        return make(capacity, rows)
+        return make(capacity)
 
     monkeypatch.setattr(vlm.engine, "_make_cache", fail_twice)
     with pytest.raises(PaliGemmaError, match="The memory of cpu is too small"):
