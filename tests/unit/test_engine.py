@@ -247,14 +247,14 @@ def test_a_compiled_step_is_one_graph_a_bucket_and_never_compiled_again(vlm, mon
 
 
 def test_who_needs_a_cache_that_the_memory_does_not_hold_is_told_and_others_are_answered(vlm, monkeypatch):
-    make, failures = vlm.engine._make_cache, [RuntimeError("DefaultCPUAllocator: can't allocate memory")] * 2
+    make, failures = vlm.engine._make_cache, [RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 
-    def fail_twice(capacity):
+    def fail_once(capacity):
         if failures:
             raise failures.pop()
         return make(capacity)
 
-    monkeypatch.setattr(vlm.engine, "_make_cache", fail_twice)
+    monkeypatch.setattr(vlm.engine, "_make_cache", fail_once)
     with pytest.raises(PaliGemmaError, match="The memory of cpu is too small"):
         vlm.generate_batch(IMAGES[:2], PROMPTS[:2], max_new_tokens=3)
     assert vlm.generate(IMAGES[0], PROMPTS[0], max_new_tokens=3)
