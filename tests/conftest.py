@@ -113,7 +113,9 @@ def serve() -> Iterator[Callable[[object], str]]:
             loaded, model = model, Models([None], lambda source, **_: loaded)
             model.get(EMBEDDED)
         page = app.build_page(model)
-        _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH_SETTINGS, **settings)
+        settings |= app.LAUNCH_SETTINGS
+        settings["app_kwargs"] = dict(settings["app_kwargs"])  # Gradio writes into it, for tools of agents
+        _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **settings)
         pages.append(page)
         return address
 
