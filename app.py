@@ -77,7 +77,7 @@ def build_page(models: Models) -> Page:
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
                 image = gr.Image(
-                    label="Picture", sources=["upload", "webcam", "clipboard"], height=210, elem_id="picture"
+                    label="Picture", sources=["upload", "webcam", "clipboard"], height=170, elem_id="picture"
                 )
                 more_images = _more_pictures()
                 draw = gr.Button("New scene", size="sm", visible=first == EMBEDDED, elem_id="draw")
