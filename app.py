@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import threading
 from functools import partial
@@ -37,6 +36,7 @@ MAX_QUEUE_LENGTH = 128
 MAX_CLIENT_SHARE = 64  # of the queue, for one address
 MAX_SESSIONS = 500  # whose answers can be chosen again; each takes about 0.1 MB
 MAX_BODY_LENGTH = 128_000  # bytes
+MAX_UPLOADS_PER_HOUR = 500_000_000  # bytes, of one address
 FILES_KEPT_SECONDS = 3600
 
 DEMO_FOLDER = Path(handlers.__file__).parent
@@ -57,7 +57,10 @@ LAUNCH_SETTINGS: dict[str, Any] = {
     "state_session_capacity": MAX_SESSIONS,
     "ssr_mode": False,
     "app_kwargs": {
-        "middleware": [Middleware(BodyLimit, length=MAX_BODY_LENGTH)],
+        "middleware": [
+            Middleware(BodyLimit, length=MAX_BODY_LENGTH),
+            Middleware(hosting.UploadLimit, length=MAX_UPLOADS_PER_HOUR),
+        ],
         "exception_handlers": {OSError: hosting.explain_full_disk},
     },
 }
@@ -256,10 +259,8 @@ def main() -> None:
     arguments = _parse_arguments()
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("paligemma").setLevel(logging.INFO)
-    ending = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ending.set())
     with hosting.own_upload_folder() as uploads:
+        ending = hosting.ending_by_signals(uploads)
         try:
             problem = _serve(arguments, uploads, ending)
         except Exception:
@@ -298,7 +299,7 @@ def _serve(arguments: argparse.Namespace, uploads: Path, ending: threading.Event
     except OSError as error:  # somebody else was faster
         return str(error)
     with hosting.cleaned_up(uploads, FILES_KEPT_SECONDS, examples):
-        return hosting.run_until(ending, page, models, uploads)
+        return hosting.run_until(ending, page, models)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -11,6 +11,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,11 +24,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from ..config import PaliGemmaError
+from .blocks import client_address
 from .handlers import prepare_scenes
 from .serving import EMBEDDED, STATUS_SECONDS, Models
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .blocks import Page
 
@@ -120,6 +122,42 @@ async def explain_full_disk(request: Request, error: Exception) -> PlainTextResp
     return PlainTextResponse(f"The server cannot store the file ({reason}); please try again later.", status_code=507)
 
 
+class UploadLimit:
+    """ASGI middleware that refuses uploads of who has sent too much within an hour.
+
+    Args:
+        length: how many bytes one address may send within an hour.
+    """
+
+    def __init__(self, app: ASGIApp, length: int):
+        self._app, self._length = app, length
+        self._uploads: deque[tuple[float, str, int]] = deque()  # time, address, bytes; the latest last
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith("/upload"):
+            return await self._app(scope, receive, send)
+        client, received = client_address(Request(scope)), 0
+        while self._uploads and self._uploads[0][0] < time.monotonic() - 3600:
+            self._uploads.popleft()
+        if sum(length for _, address, length in self._uploads if address == client) >= self._length:
+            sentence = (
+                f"More than {self._length // 10**6} MB were uploaded from your address within an hour; please try again "
+                "later, or ask about a picture that is here already."
+            )
+            return await PlainTextResponse(sentence, status_code=429)(scope, receive, send)
+
+        async def receive_and_count() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message
+
+        try:
+            await self._app(scope, receive_and_count, send)
+        finally:
+            self._uploads.append((time.monotonic(), client, received))
+
+
 class Password:
     """The one name and password that are let in; a wrong one is answered after a while, and the next tries wait for it."""
 
@@ -155,7 +193,22 @@ class OwnPagesOnly:
         await app(scope, receive, send)
 
 
-def run_until(ending: Event, page: Page, models: Models, uploads: Path) -> str | None:
+def ending_by_signals(uploads: Path) -> Event:
+    """Event that the first SIGTERM or SIGINT sets; the second ends the process at once, without its `uploads`."""
+    ending = Event()
+
+    def end(*_: object) -> None:
+        if ending.is_set():  # who asks again does not want to wait
+            shutil.rmtree(uploads, ignore_errors=True)
+            os._exit(1)
+        ending.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    return ending
+
+
+def run_until(ending: Event, page: Page, models: Models) -> str | None:
     """Load the first checkpoint and let the page be used until `ending` is set, then finish what is being answered.
 
     Returns:
@@ -172,14 +225,6 @@ def run_until(ending: Event, page: Page, models: Models, uploads: Path) -> str |
     if EMBEDDED in models.names:
         Thread(target=prepare_scenes, daemon=True).start()
     ending.wait()
-
-    def end_at_once(*_: object) -> None:
-        shutil.rmtree(uploads, ignore_errors=True)
-        os._exit(1)
-
-    # Who asks again to end does not want to wait.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end_at_once)
     models.close()
     page.answer_all(LAST_ANSWERS_SECONDS)
     page.close(verbose=False)

@@ -6,11 +6,15 @@ import asyncio
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import wait_until
 from gradio.utils import get_upload_folder
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 
 import app
 from paligemma import PaliGemmaError
@@ -104,4 +108,24 @@ def test_after_a_wrong_password_the_next_is_looked_at_later(monkeypatch):
         assert time.monotonic() - start > 0.8
         assert not await password.check("bob", "lovelace")
 
-    asyncio.run(tries())
+    with ThreadPoolExecutor(1) as thread:  # since Playwright's event loop may run in this one
+        thread.submit(asyncio.run, tries()).result()
+
+
+def test_an_address_may_upload_so_much_within_an_hour(monkeypatch):
+    async def count(scope, receive, send):
+        await PlainTextResponse(str(len(await Request(scope, receive).body())))(scope, receive, send)
+
+    limited = hosting.UploadLimit(count, length=1_000_000)
+    one, other = (TestClient(limited, client=(address, 5000)) for address in ("8.8.8.8", "9.9.9.9"))
+    start, file = time.monotonic(), bytes(600_000)
+    assert [one.post("/gradio_api/upload", content=file).text for _ in range(2)] == ["600000", "600000"]
+    refused = one.post("/gradio_api/upload", content=file)
+    assert refused.status_code == 429
+    assert refused.text.startswith(
+        "More than 1 MB were uploaded from your address within an hour; please try again later"
+    )
+    assert one.post("/gradio_api/call/caption", content=file).status_code == 200
+    assert other.post("/gradio_api/upload", content=file).status_code == 200
+    monkeypatch.setattr(time, "monotonic", lambda: start + 3700)
+    assert one.post("/gradio_api/upload", content=file).status_code == 200
