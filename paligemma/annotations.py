@@ -8,6 +8,7 @@ fine-tuned checkpoints have other white space between the three or none, and may
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from .config import CODEBOOK_SIZE, CODES_PER_MASK, LOC_STEPS, LOCS_PER_BOX
 _UNIT = re.compile(r"<loc([0-9]{4})>|<seg([0-9]{3})>|(\s+)|([<>;])|([^\s<>;]+)")
 _LOC, _SEG, _SPACE, _STOP, _WORD = range(1, 6)  # the groups of a unit
 _LOC_LENGTH = len("<loc0000>")
+_STRIP_PIXELS = 2**20
 # The beginning of a mark at the end of a text: its rest may come with the next token.
 _CUT_MARK = re.compile(r"(?:<(?:l(?:o(?:c[0-9]{0,4})?)?|s(?:e(?:g[0-9]{0,3})?)?)?)?\Z")
 
@@ -234,5 +236,13 @@ def _stretch(mask: np.ndarray, detection: Detection, width: int, height: int) ->
     x_min, y_min, x_max, y_max = detection.in_pixels(width, height)
     if x_min >= x_max or y_min >= y_max:
         return x_min, y_min, np.zeros((0, 0), bool)
-    stretched = Image.fromarray(mask).resize((x_max - x_min, y_max - y_min), Image.Resampling.BILINEAR)
-    return x_min, y_min, np.asarray(stretched) > 0
+    columns, rows = x_max - x_min, y_max - y_min
+    source, inside = Image.fromarray(mask), np.empty((rows, columns), bool)
+    # In strips, since several bytes a pixel would be hundreds of megabytes for the box of a large image.
+    strip = math.ceil(_STRIP_PIXELS / columns)
+    for top in range(0, rows, strip):
+        bottom = min(top + strip, rows)
+        box = (0, top * source.height / rows, source.width, bottom * source.height / rows)
+        stretched = source.resize((columns, bottom - top), Image.Resampling.BILINEAR, box)
+        inside[top:bottom] = np.asarray(stretched) > 0
+    return x_min, y_min, inside

@@ -10,12 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import contextmanager
+from threading import Thread
 
 import httpx
 import pytest
 from conftest import EXAMPLES, ROOT
 from gradio_client import Client, handle_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
@@ -227,9 +231,18 @@ def test_uploads_go_when_the_page_does_and_a_full_disk_is_said(tmp_path):
     assert not list(tmp_path.glob("paligemma-*"))
 
 
+def call_as_the_page(client, event, data):
+    """How a call of one of the page's functions ends, by its number in the page's configuration."""
+    session = str(uuid.uuid4())
+    call = {"data": data, "fn_index": event["id"], "session_hash": session}
+    assert client.post("/queue/join", json=call).status_code == 200
+    with client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
+        message = next(line for line in stream.iter_lines() if "process_completed" in line)
+    return json.loads(message.removeprefix("data: "))
+
+
 def test_no_call_gets_an_error_without_a_sentence_or_leaves_its_values_in_the_log():
-    with served() as (process, address):
-        api = f"{address}/gradio_api"
+    with served() as (process, address), httpx.Client(base_url=f"{address}/gradio_api", timeout=60) as client:
         for event in httpx.get(f"{address}/config").json()["dependencies"]:
             inputs = len(event["inputs"])
             for data in (
@@ -240,12 +253,7 @@ def test_no_call_gets_an_error_without_a_sentence_or_leaves_its_values_in_the_lo
                 [None] * inputs,
                 [99] * inputs,
             ):
-                session = f"{event['id']} {data}"
-                call = {"data": data, "fn_index": event["id"], "session_hash": session}
-                assert httpx.post(f"{api}/queue/join", json=call).status_code == 200
-                with httpx.stream("GET", f"{api}/queue/data", params={"session_hash": session}, timeout=60) as stream:
-                    message = next(line for line in stream.iter_lines() if "process_completed" in line)
-                end = json.loads(message.removeprefix("data: "))
+                end = call_as_the_page(client, event, data)
                 assert end["success"] or end["output"]["error"], (event["api_name"], data)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
@@ -253,6 +261,44 @@ def test_no_call_gets_an_error_without_a_sentence_or_leaves_its_values_in_the_lo
     assert "SECRET" not in log
     assert "Traceback" not in log
     assert "a call failed: TypeError in " in log
+
+
+@pytest.mark.slow
+def test_ten_thousand_odd_calls_leave_no_traceback_and_a_page_that_answers(tmp_path):
+    log = tmp_path / "log"
+    with served() as (process, address), httpx.Client(base_url=f"{address}/gradio_api", timeout=120) as client:
+        copying = Thread(target=lambda: log.write_text(process.stdout.read()))  # a full pipe would stop the server
+        copying.start()
+        events = httpx.get(f"{address}/config").json()["dependencies"]
+        path = client.post("/upload", files={"files": PICTURE.open("rb")}).json()[0]
+        meta = {"_type": "gradio.FileData"}
+        files = [
+            {"path": one, "meta": meta} for one in (path, "/etc/passwd", os.path.dirname(path), "", "http://[::1]")
+        ]
+        prompts = ["caption en", "detect cat ; dog", "segment cat", "ocr", "caption en\nocr", "<image>", "x" * 5_000]
+        numbers = (
+            st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([10**400, -1, 2**64])
+        )
+        plain = st.none() | st.booleans() | numbers | st.text() | st.sampled_from([*prompts, "embedded", *files])
+        values = st.recursive(plain, lambda one: st.lists(one) | st.dictionaries(st.text(), one), max_leaves=8)
+
+        @settings(max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(st.data())
+        def call_oddly(data):
+            event = data.draw(st.sampled_from(events))
+            inputs = len(event["inputs"])
+            length = data.draw(st.sampled_from([inputs, inputs, inputs, inputs - 1, inputs + 1]))
+            given_values = data.draw(st.lists(values, min_size=max(0, length), max_size=max(0, length)))
+            end = call_as_the_page(client, event, given_values)
+            assert end["success"] or end["output"]["error"]
+
+        call_oddly()
+        answer = Client(address, verbose=False).predict(handle_file(PICTURE), "caption en", api_name="/generate")
+        assert answer[0]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        copying.join()
+    assert "Traceback" not in log.read_text()
 
 
 def test_an_interruption_ends_without_a_traceback():

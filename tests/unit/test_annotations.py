@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from paligemma.annotations import AnnotatedText, Detection, find_detections, place_mask, run_lengths
 
@@ -190,6 +191,13 @@ def test_a_mask_is_stretched_over_its_box():
 
 def test_the_mask_of_a_box_without_pixels_is_empty():
     assert not place_mask(np.ones((64, 64), np.float32), Detection("cat", (0.5, 0.5, 0.501, 0.501)), 40, 40).any()
+
+
+def test_the_mask_of_a_large_box_is_stretched_in_strips_without_a_seam():
+    slope = np.linspace(-1, 1, 64, dtype=np.float32)[:, None] + np.linspace(-1, 1, 64, dtype=np.float32)
+    placed = place_mask(slope, Detection("cat", (0.0, 0.0, 1.0, 1.0)), width=3000, height=2000)
+    whole = np.asarray(Image.fromarray(slope).resize((3000, 2000), Image.Resampling.BILINEAR))
+    assert (placed == (whole > 0))[np.abs(whole) > 1e-4].all()
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(0, 1024), min_size=4, max_size=4), st.randoms())
