@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
@@ -165,6 +167,11 @@ def write_png_that_claims(path: Path, width: int, height: int) -> None:
 
 
 def find_browser(playwright: object) -> str:
+    with FileLock(Path(tempfile.gettempdir(), "paligemma-tests-browser.lock")):  # one process installs it for all
+        return _find_browser(playwright)
+
+
+def _find_browser(playwright: object) -> str:
     found = next(filter(None, map(shutil.which, BROWSER_NAMES)), None)
     if found:
         return found

@@ -171,6 +171,7 @@ def test_beyond_the_queue_a_sentence_says_when_to_come_again(serve, watched, bro
 
 def test_one_client_cannot_fill_the_queue(serve, watched, monkeypatch):
     monkeypatch.setattr(app, "MAX_CLIENT_SHARE", 2)
+    monkeypatch.setattr(streaming, "UNREAD_SECONDS", 1)  # of the first answers, which nobody reads
     monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
     address = serve(watched)
     values = [{"path": uploaded_path(address)}, "caption en", 8, 0, 0, 1, None]

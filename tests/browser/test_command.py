@@ -319,12 +319,12 @@ def test_a_checkpoint_that_is_not_there_ends_with_one_sentence():
 
 
 def test_settings_come_from_the_environment():
-    process = run_app(PALIGEMMA_DTYPE="float33")
-    output, _ = process.communicate(timeout=120)
-    assert "dtype float33 is not known" in output
-    process = run_app(PALIGEMMA_DEVICE="abacus")
-    output, _ = process.communicate(timeout=120)
-    assert "device abacus cannot be used here" in output
+    for process, sentence in (
+        (run_app(PALIGEMMA_DTYPE="float33"), "dtype float33 is not known"),
+        (run_app(PALIGEMMA_DEVICE="abacus"), "device abacus cannot be used here"),
+    ):
+        output, _ = process.communicate(timeout=120)
+        assert sentence in output
 
 
 def test_the_page_is_there_before_torch_and_nothing_imports_transformers():
