@@ -92,6 +92,18 @@ async def ask_unread(client: httpx.AsyncClient, page: str, count: int) -> None:
         await client.post(f"{page}/call/generate", json={"data": values})
 
 
+class Peak:
+    """The most resident memory of a process since the beginning, in bytes."""
+
+    def __init__(self, process: psutil.Process):
+        self.process, self.bytes = process, 0
+
+    async def watch(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, self.process.memory_info().rss)
+            await asyncio.sleep(0.05)
+
+
 async def soak(
     page: str, process: psutil.Process, uploads: Path, log: Path, requests: int, clients: int, unread: int
 ) -> None:
@@ -109,6 +121,8 @@ async def soak(
 
         await one(0, Tally())  # the first answer warms up
         before = process.memory_info().rss
+        peak = Peak(process)
+        watching = asyncio.create_task(peak.watch())
         await ask_unread(client, page, unread)
         print("requests answered refused  median    p95  first  tokens/s  memory  files threads uploads", flush=True)
         for begin in range(0, requests, STEP):
@@ -131,6 +145,8 @@ async def soak(
             await asyncio.sleep(AFTER_UNREAD)
             grown = (process.memory_info().rss - before) / 1e6
             print(f"{grown:.0f} MB more than at the start, {AFTER_UNREAD} s after the last answer")
+        watching.cancel()
+        print(f"memory before: {before / 1e6:.0f} MB, at most {(peak.bytes - before) / 1e6:.0f} MB more")
 
 
 def count_tokens(log: Path) -> int:
