@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
     from ..scenes.painter import Painter
 
+EXAMPLES_FOLDER = Path(__file__).parent / "examples"
 MAX_PIXELS = 60_000_000
 MAX_IMAGES = 8
 MAX_PROMPTS = 8
@@ -52,12 +53,14 @@ HELD_SECONDS, MAX_HELD_SECONDS = 0.1, 30  # between two looks at that, and at mo
 MAX_READERS = 2  # images read at the same time, each of which may take half a gigabyte; others wait
 
 TASK_BY_NAME = {task.name: task for task in TASKS}
-TAGLINE = "Give it a picture and a prompt, and watch the answer arrive."
-ABOUT_EMBEDDED = (
-    "This page runs the **small checkpoint that ships with it**: it knows 125 kinds of drawn objects, and no photographs. "
-    "For those, start it with an official one: `PALIGEMMA_MODEL=google/paligemma2-3b-mix-224`."
+TAGLINE = "Ask a picture, watch the answer arrive, and see inside the model that gives it."
+ABOUT_EMBEDDED = "It runs the **small checkpoint that ships with it**."
+ABOUT_OTHER = "It runs `{}`."
+ABOUT_PHOTOGRAPHS = (
+    "A photograph? This small checkpoint has learned drawings only, of 125 kinds of things. An official one knows the "
+    "world: start the page with `PALIGEMMA_MODEL=google/paligemma2-3b-mix-224`."
 )
-ABOUT_OTHER = "This page runs `{}`."
+STORED = "A stored answer of the small checkpoint. Press **Run** to see it made."
 EMPTY_ANSWER = "An empty answer. To “detect” and “segment” it means: there is none."
 FORGOTTEN = "This answer is forgotten, since the page was started anew meanwhile; please ask again."
 SEVERAL_PROMPTS = "*Shift + Enter: one more prompt about the same picture.*"
@@ -103,6 +106,8 @@ T = TypeVar("T")
 # An answer of this visit: `path`, `url` and `size` (width, height) of its first image, `more`, the paths of others,
 # `checkpoint`, and `answers`, pairs of a prompt and the text that answers it.
 Record = dict[str, Any]
+# A picture that comes with the page: `picture`, its file, a `prompt`, and the `answer` of the embedded checkpoint.
+EXAMPLES: list[dict[str, str]] = json.loads((EXAMPLES_FOLDER / "answers.json").read_text())
 _Found = tuple[Image.Image | None, list[dict[str, object]]]
 
 
@@ -125,7 +130,7 @@ def run(
 
     Yields:
         `speed`, a line about time; `figure` and `answers`, HTML; `is_answered`, whether there is an answer to save; at
-        the end `record`, and `history` with it.
+        the end `record`, and `history` with it, which `past_answers` shows.
     """
     opened, record = yield from open_uploads(image, more_images, meanwhile={})
     count = len(opened)
@@ -149,7 +154,8 @@ def run(
         return  # stopped before it began
     record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
     history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
-    yield {"record": record, "history": history, "is_answered": True}
+    past_answers = thumbnails("Your answers of this visit", history)
+    yield {"record": record, "history": history, "past_answers": past_answers, "is_answered": True}
 
 
 def read_settings(values: Sequence[object]) -> dict[str, Any]:
@@ -161,9 +167,25 @@ def read_settings(values: Sequence[object]) -> dict[str, Any]:
     return settings
 
 
-def show_again(models: Models, index: int, history: list[Record]) -> dict[str, Any]:
+def example_records(paths: Sequence[str]) -> list[Record]:
+    """The answers of `EXAMPLES`, as if this visit had asked for them; `paths` are those of their images as uploads."""
+    return [
+        {"path": path, "url": _url(path), "size": Image.open(path).size, "more": [], "checkpoint": EMBEDDED}
+        | {"answers": [(example["prompt"], example["answer"])]}
+        for path, example in zip(paths, EXAMPLES, strict=True)
+    ]
+
+
+def choose_example(examples: Sequence[Record], index: int) -> dict[str, Any]:
+    """Take an example's image and prompt."""
+    if not 0 <= index < len(examples):
+        raise PaliGemmaError(f"There are {len(examples)} examples; please choose one of them.")
+    return {"image": examples[index]["path"], "more_images": [], "prompt": prompts_of(examples[index])}
+
+
+def show_again(models: Models, history: list[Record], index: int) -> dict[str, Any]:
     """Bring an earlier answer of this visit back, with its image and prompts."""
-    if index >= len(history):
+    if not 0 <= index < len(history):
         raise PaliGemmaError(FORGOTTEN)
     record = history[index]
     _result(_open(record["path"], None))  # it may have been deleted meanwhile
@@ -178,6 +200,13 @@ def show_again(models: Models, index: int, history: list[Record]) -> dict[str, A
         "record": record,
         "is_answered": True,
     }
+
+
+def thumbnails(title: str, records: Iterable[Record]) -> str:
+    """Answers to choose from, as HTML; see `rendering.thumbnails_html`."""
+    return rendering.thumbnails_html(
+        title, [(record["url"], prompts_of(record).replace("\n", " · ")) for record in records]
+    )
 
 
 def prompts_of(record: Record) -> str:
@@ -247,19 +276,19 @@ def read_link(query: Mapping[str, str], checkpoints: Sequence[str]) -> dict[str,
 
 
 def show_status(models: Models, checkpoint: str) -> dict[str, Any]:
-    """Say what a checkpoint is (`about`), how it runs (`status`), whether it `is_loading` and if it `can_draw` scenes."""
+    """Say what a checkpoint is (`about`), how it runs (`status`), whether it `is_loading` and if it `is_embedded`."""
     is_loading = models.loaded(checkpoint) is None  # before the status, so that the last one shown is of the end
     return {
         "about": about(checkpoint),
         "status": models.status(checkpoint),
         "is_loading": is_loading,
-        "can_draw": checkpoint == EMBEDDED,
+        "is_embedded": checkpoint == EMBEDDED,
     }
 
 
 def about(checkpoint: str) -> str:
-    """What the page is, and what it runs, in Markdown."""
-    return f"{TAGLINE} {ABOUT_EMBEDDED if checkpoint == EMBEDDED else ABOUT_OTHER.format(checkpoint)}"
+    """What the page runs, in Markdown."""
+    return ABOUT_EMBEDDED if checkpoint == EMBEDDED else ABOUT_OTHER.format(checkpoint)
 
 
 # --- what programs call: Gradio shows their names, parameters and descriptions
@@ -369,7 +398,7 @@ def open_upload(image: object, meanwhile: T) -> Generator[T, None, tuple[Image.I
             "path that comes back."
         )
     opened = yield from _open(image["path"], meanwhile)
-    url = image.get("url") or f"gradio_api/file={quote(image['path'])}"
+    url = image.get("url") or _url(image["path"])
     return opened, {"path": image["path"], "url": url, "size": opened.size}
 
 
@@ -421,6 +450,11 @@ def _read(path: str, is_over: Event) -> Image.Image:
     _held_pixels.add(image.width * image.height)
     weakref.finalize(image, _held_pixels.add, -image.width * image.height)
     return image
+
+
+def _url(path: str) -> str:
+    """Where the page finds an uploaded file."""
+    return f"gradio_api/file={quote(path)}"
 
 
 def _path(record: Record) -> str:
@@ -487,12 +521,12 @@ def _read_again(models: Models, record: Record) -> tuple[list[Answer], list[rend
     """The answers of a record, and their objects."""
     answers = [Answer.of(prompt, text) for prompt, text in record["answers"]]
     # A checkpoint that was unloaded meanwhile is not loaded for this: its masks are drawn as boxes.
-    vlm = models.loaded(record["checkpoint"])
+    vlm = models.loaded(record["checkpoint"]) if record["checkpoint"] in models.names else None
     return answers, rendering.mark_objects(_detections(answers), rendering.MaskCache(vlm.decode_mask if vlm else None))
 
 
 def _figure(record: Record, objects: Sequence[rendering.MarkedObject]) -> str:
-    return rendering.figure_html(record["url"], record["size"], objects) if objects else ""
+    return rendering.figure_html(record["size"], objects) if objects else ""
 
 
 def _speed(answers: Sequence[Answer], images: int) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
-from .handlers import LINK_FIELDS
+from ..prompts import TASKS
+from .handlers import EXAMPLES, LINK_FIELDS
 
+NOTHING_YET = '<p class="nothing-yet">The answer appears here, and boxes and masks on the picture.</p>'
 COPY_TEXT = """() => navigator.clipboard.writeText(
     [...document.querySelectorAll("#answers .text")].map((text) => text.textContent).join("\\n"))"""
 MAKE_LINK = f"""(...values) => {{
@@ -16,3 +18,63 @@ MAKE_LINK = f"""(...values) => {{
     return link.href;
 }}"""
 DOWNLOAD = "() => setTimeout(() => document.querySelector('#file').click(), 200)"
+# Another picture: what was answered about the one before goes (marks, text, line about time, buttons), and the prompt of
+# an example makes place for one that fits any picture. Here, since what the server says might come after the first token
+# of the next answer.
+CHANGE_PICTURE = f"""(prompt) => {{
+    const isExample = {json.dumps([example["prompt"] for example in EXAMPLES])}.includes(prompt);
+    const hidden = {{__type__: "update", visible: false}};
+    return [isExample ? {json.dumps(TASKS[0].prompt())} : prompt, "", {json.dumps(NOTHING_YET)}, "", hidden];
+}}"""
+# A click on an element with `data-choice`, or a key on it, as an event of the `gr.HTML` around it.
+TELL_CHOICE = """element.addEventListener("click", (event) => {
+    const chosen = event.target.closest("[data-choice]");
+    if (chosen) trigger("click", {choice: JSON.parse(chosen.dataset.choice)});
+});"""
+
+# `data-running` of the page counts the answers under way: while there are any, Stop stands in the place of Run.
+SHOW_STOP = """() => {
+    const hadFocus = document.activeElement?.id === "run", page = document.body;
+    page.dataset.running = Number(page.dataset.running || 0) + 1;
+    if (hadFocus) document.querySelector("#stop").focus();
+}"""
+SHOW_RUN = """() => {
+    const hadFocus = document.activeElement?.id === "stop", page = document.body;
+    page.dataset.running -= 1;
+    if (page.dataset.running < 1) delete page.dataset.running;
+    if (hadFocus) document.querySelector("#run").focus();
+}"""
+
+CHOOSE_FILE = """() => document.querySelector("#picture input[type=file]").click()"""
+ZOOM = """() => {
+    const stage = document.querySelector("#stage"), isZoomed = stage.toggleAttribute("data-zoomed");
+    document.querySelector("#zoom").textContent = isZoomed ? "Close" : "Zoom";
+}"""
+# Once, when the page is there: an image that is dropped or pasted anywhere becomes the picture, Escape ends the zoom.
+LISTEN = """() => {
+    const imageOf = (files) => [...(files || [])].find((file) => file.type.startsWith("image/"));
+    const isElsewhere = (event) => event.target.closest?.("#more-pictures");
+    const take = (event, files) => {
+        const image = imageOf(files), input = document.querySelector("#picture input[type=file]");
+        if (!image || !input || isElsewhere(event)) return;
+        event.preventDefault();
+        event.stopPropagation();
+        const chosen = new DataTransfer();
+        chosen.items.add(image);
+        input.files = chosen.files;
+        input.dispatchEvent(new Event("change", {bubbles: true}));
+    };
+    const mark = (isOver) => document.body.toggleAttribute("data-dropping", isOver);
+    document.addEventListener("dragover", (event) => {
+        if (![...event.dataTransfer.types].includes("Files") || isElsewhere(event)) return;
+        event.preventDefault();
+        mark(true);
+    }, true);
+    document.addEventListener("dragleave", (event) => event.relatedTarget || mark(false), true);
+    document.addEventListener("drop", (event) => { mark(false); take(event, event.dataTransfer.files); }, true);
+    document.addEventListener("paste", (event) => take(event, event.clipboardData.files), true);
+    document.addEventListener("keydown", (event) => {
+        const stage = document.querySelector("#stage");
+        if (event.key === "Escape" && stage.hasAttribute("data-zoomed")) document.querySelector("#zoom").click();
+    });
+}"""

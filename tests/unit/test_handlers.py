@@ -47,8 +47,16 @@ def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny
     assert last["record"]["answers"] == answers
     assert last["history"] == [last["record"]]
     assert last["is_answered"]
+    assert image["url"] in last["past_answers"]
     assert answers[1][1] in steps[-1]["answers"]
     assert steps[-1]["speed"].startswith("First token after")
+
+
+@pytest.mark.parametrize("example", handlers.EXAMPLES, ids=lambda example: example["prompt"])
+def test_the_answers_that_come_with_the_page_are_those_of_the_embedded_checkpoint(tiny, example):
+    image = handlers.EXAMPLES_FOLDER / example["picture"]
+    answer = tiny.generate(image, example["prompt"], max_new_tokens=handlers.DEFAULT_NEW_TOKENS)
+    assert answer == example["answer"]
 
 
 def test_further_images_come_before_the_prompt_with_the_first(models, tiny, upload):
@@ -94,11 +102,11 @@ def test_an_earlier_answer_comes_back_and_can_be_saved(models, upload):
     width, height = Image.open(image["path"]).size
     record = {**image, "size": (width, height), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
     record["more"] = [image["path"]]
-    shown = handlers.show_again(models, 0, [record])
+    shown = handlers.show_again(models, [record], 0)
     assert (shown["image"], shown["more_images"]) == (image["path"], record["more"])
     assert shown["prompt"] == "detect cat"
     assert "cat</b>" in shown["answers"]
-    assert image["url"] in shown["figure"]
+    assert 'data-object="0"' in shown["figure"]
     box = [width // 4, height // 4, 3 * width // 4, 3 * height // 4]
     objects = json.loads(Path(handlers.save_objects(models, record)).read_text())
     assert objects == [{"label": "cat", "box": box, "mask": None}]
@@ -114,7 +122,7 @@ def test_of_answers_from_before_a_restart_a_sentence_says_that_they_are_forgotte
         with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
             event(models, {})
     with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
-        handlers.show_again(models, 2, [])
+        handlers.show_again(models, [], 2)
 
 
 @pytest.mark.parametrize(
