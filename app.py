@@ -26,7 +26,7 @@ import paligemma
 from paligemma.demo import handlers, hosting, layout, rendering
 from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
-from paligemma.demo.scripts import CHANGE_PICTURE, COPY_TEXT, DOWNLOAD, LISTEN, MAKE_LINK, SHOW_RUN, SHOW_STOP
+from paligemma.demo.scripts import CHANGE_PICTURE, COPY_TEXT, DOWNLOAD, LISTEN, MAKE_LINK
 from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Models, load_checkpoint
 from paligemma.demo.theme import THEME
 from paligemma.demo.zero_gpu import IS_ZERO_GPU, borrow_gpu  # before anything that imports torch
@@ -143,9 +143,8 @@ def build_page(models: Models) -> Page:
         # --- what is pressed
 
         def run_after(listen: Callable) -> None:
-            """Answer what is asked, with Stop in the place of Run meanwhile."""
-            listen(None, js=SHOW_STOP)
-            running = listen(
+            """Answer what is asked then."""
+            listen(
                 on_page(handlers.run, models),
                 [image, more_images, prompt, checkpoint, history, *settings],
                 [figure, answers, speed, actions, record, history, past_answers],
@@ -155,7 +154,6 @@ def build_page(models: Models) -> Page:
                 show_progress_on=answers,  # the place in the queue shows where the answer will be
                 **TOGETHER,
             )
-            running.then(None, js=SHOW_RUN)
 
         run_after(partial(gr.on, [start.click, prompt.submit]))
         run_after(example.click(take_example, None, [image, more_images, prompt], **AT_ONCE).success)

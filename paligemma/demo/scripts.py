@@ -32,25 +32,14 @@ TELL_CHOICE = """element.addEventListener("click", (event) => {
     if (chosen) trigger("click", {choice: JSON.parse(chosen.dataset.choice)});
 });"""
 
-# `data-running` of the page counts the answers under way: while there are any, Stop stands in the place of Run.
-SHOW_STOP = """() => {
-    const hadFocus = document.activeElement?.id === "run", page = document.body;
-    page.dataset.running = Number(page.dataset.running || 0) + 1;
-    if (hadFocus) document.querySelector("#stop").focus();
-}"""
-SHOW_RUN = """() => {
-    const hadFocus = document.activeElement?.id === "stop", page = document.body;
-    page.dataset.running -= 1;
-    if (page.dataset.running < 1) delete page.dataset.running;
-    if (hadFocus) document.querySelector("#run").focus();
-}"""
-
 CHOOSE_FILE = """() => document.querySelector("#picture input[type=file]").click()"""
 ZOOM = """() => {
     const stage = document.querySelector("#stage"), isZoomed = stage.toggleAttribute("data-zoomed");
     document.querySelector("#zoom").textContent = isZoomed ? "Close" : "Zoom";
 }"""
-# Once, when the page is there: an image that is dropped or pasted anywhere becomes the picture, Escape ends the zoom.
+# Once, when the page is there: an image that is dropped or pasted anywhere becomes the picture, Escape ends the zoom, and
+# while Gradio shows that an answer is under way, `data-running` puts Stop in the place of Run. (Of its events, none comes
+# after an error.)
 LISTEN = """() => {
     const imageOf = (files) => [...(files || [])].find((file) => file.type.startsWith("image/"));
     const isElsewhere = (event) => event.target.closest?.("#more-pictures");
@@ -77,4 +66,13 @@ LISTEN = """() => {
         const stage = document.querySelector("#stage");
         if (event.key === "Escape" && stage.hasAttribute("data-zoomed")) document.querySelector("#zoom").click();
     });
+    const answers = document.querySelector("#answers"), page = document.body;
+    new MutationObserver(() => {
+        const progress = answers.querySelector("[data-testid=status-tracker]");
+        const isRunning = progress.matches(".translucent, .generating") && !progress.querySelector(".error");
+        if (isRunning === page.hasAttribute("data-running")) return;
+        const hadFocus = ["run", "stop"].includes(document.activeElement?.id);
+        page.toggleAttribute("data-running", isRunning);
+        if (hadFocus) document.querySelector(isRunning ? "#stop" : "#run").focus();
+    }).observe(answers, {attributes: true, childList: true, subtree: true});
 }"""

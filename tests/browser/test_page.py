@@ -422,6 +422,7 @@ def test_a_sentence_is_shown_as_it_is_written(open_page, page_address):
     ask(tab, "detect <image>")
     sentence = "The prompt contains the reserved token <image>; please remove it."
     expect(tab.get_by_text(sentence)).to_be_visible(timeout=20_000)
+    expect(tab.locator("#run")).to_be_focused()
 
 
 def test_who_comes_while_the_model_loads_sees_how_far_it_is_and_is_answered(open_page, serve, tiny, monkeypatch):
