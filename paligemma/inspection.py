@@ -277,11 +277,13 @@ class Inspector:
 
     def seconds_without_cache(self) -> list[float]:
         """See `Answer.seconds_without_cache`."""
+        self._check(0)
         ends = range(self._prefix, len(self._sequence.ids))
         return [self._engine.call(partial(self._time_whole, end)) for end in ends]
 
     def walk_through(self) -> tuple[WalkStep, ...]:
         """See `Answer.walk_through`."""
+        self._check(0)
         return self._engine.call(lambda: _walk(self._model, self._processor, self._sequence, self._recall()))
 
     @property
@@ -306,11 +308,15 @@ class Inspector:
         sequence = self._sequence
         return self._engine.prefill.recall(sequence, self._engine.between_layers(sequence))
 
-    def _replay(self, index: int) -> tuple[_Replayed, KeptCache]:
+    def _check(self, index: int) -> None:
+        """Refuse a token that is not there."""
         answered = len(self._sequence.answer_ids)
         if not is_number(index, whole=True) or not 0 <= index < answered:
             which = f"a whole number from 0 to {answered - 1}" if answered else "an answer that has one"
             raise PaliGemmaError(f"There is no token {shorten(index)} in this answer; please give {which}.")
+
+    def _replay(self, index: int) -> tuple[_Replayed, KeptCache]:
+        self._check(index)
         ids, end = self._sequence.ids, self._prefix + int(index)
 
         def job() -> tuple[_Replayed, KeptCache]:
@@ -383,11 +389,11 @@ def replay(model: PaliGemma, kept: KeptCache, ids: list[int], prefix: int) -> _R
         all_keys.append(torch.cat((kept.keys[layer, None, :, :start], keys), dim=2))
         return all_keys[-1], torch.cat((kept.values[layer, None, :, :start], values), dim=2)
 
-    def after_attention(module: GemmaAttention, given: tuple, _: Tensor) -> None:
-        states, rotary, mask, *_ = given
-        queries = rotate(module.q_proj(states).unflatten(-1, (-1, module.head_dim)), *rotary)
-        weights = attention_weights(queries[:, -1:], all_keys[-1], mask, module.scale, module.softcap)
-        attention.append(weights[0, :, 0])
+    def after_attention(module: GemmaAttention, given: tuple, _attended: Tensor) -> None:
+        states, (cos, sin), mask, _, first = given
+        queries = module.q_proj(states[:, first:]).unflatten(-1, (-1, module.head_dim))
+        queries = rotate(queries, cos[first:], sin[first:])[:, -1:]
+        attention.append(attention_weights(queries, all_keys[-1], mask, module.scale, module.softcap)[0, :, 0])
 
     def after_layer(_: nn.Module, __: tuple, output: Tensor) -> None:
         hidden_states.append(output[0, -1])
@@ -395,7 +401,7 @@ def replay(model: PaliGemma, kept: KeptCache, ids: list[int], prefix: int) -> _R
     attentions = [layer.get_submodule("self_attn") for layer in decoder.layers]
     with _hooked(attentions, after_attention), _hooked(decoder.layers, after_layer):
         embeddings = decoder.embed(torch.tensor([ids[start:]], device=model.device))
-        decoder(embeddings, slice(start, end), None, window_mask, write)
+        decoder(embeddings, slice(start, end), None, window_mask, write, first=end - start - 1)
     lens = model.logits(decoder.norm(torch.stack(hidden_states)))  # [layers, vocab_size]
     logits, lens_ids = lens.max(dim=-1)
     return _Replayed(
