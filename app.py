@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -23,7 +23,7 @@ from gradio.components import Component
 from starlette.middleware import Middleware
 
 import paligemma
-from paligemma.demo import handlers, hosting, layout, rendering
+from paligemma.demo import handlers, hosting, inside, layout, rendering
 from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.scripts import CHANGE_PICTURE, COPY_TEXT, DOWNLOAD, LISTEN, MAKE_LINK
@@ -55,6 +55,8 @@ LAUNCH_SETTINGS: dict[str, Any] = {
 }
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 TOGETHER: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 16}  # who comes later waits in a queue
+LOOKING: dict[str, Any] = {"concurrency_id": "inside", "concurrency_limit": 8, "trigger_mode": "always_last"}
+LOOKING |= {"api_visibility": "private", "show_progress": "hidden"}
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def build_page(models: Models) -> Page:
         examples = handlers.example_records(files)
         shown = handlers.show_again(models, examples, 0)
         first_task = task_of(shown["prompt"]) or TASKS[0]
-        record, history = gr.State(shown["record"]), gr.State([])
+        record, history, view = gr.State(shown["record"]), gr.State([]), gr.State({})
         with gr.Row(elem_id="page"):
             with gr.Column(scale=6, min_width=340, elem_id="question"):
                 image, heat, figure, draw = layout.stage(shown["image"], shown["figure"], first == EMBEDDED)
@@ -92,6 +94,7 @@ def build_page(models: Models) -> Page:
                 with gr.Column(elem_id="card"):
                     answers = gr.HTML(shown["answers"], elem_id="answers")
                     speed = gr.Markdown(handlers.STORED, elem_id="speed")
+                    see_inside = gr.Button(handlers.SEE_INSIDE, visible=not IS_ZERO_GPU, elem_id="see-inside")
                     actions, copy, save_image, save_objects, share = layout.save_buttons(True)
                     link = gr.Textbox(
                         label="Opens this page with this prompt and these settings",
@@ -101,6 +104,7 @@ def build_page(models: Models) -> Page:
                     )
                     file = gr.DownloadButton(visible="hidden", elem_id="file")
                     note = gr.Markdown(handlers.ABOUT_PHOTOGRAPHS, visible=first == EMBEDDED, elem_id="note")
+                panel, *panel_parts = layout.inside_panel()
                 example = layout.thumbnails(handlers.thumbnails("Try one of these", examples), "examples", files)
                 past_answers = layout.thumbnails("", "history")
                 status = gr.Markdown(models.status(first), elem_id="status")
@@ -110,9 +114,11 @@ def build_page(models: Models) -> Page:
         parts: dict[str, Component] = {"about": about, "status": status, "image": image, "more_images": more_images}
         parts |= {"task": task, "prompt": prompt, "hint": hint, "checkpoint": checkpoint}
         parts |= {"figure": figure, "answers": answers, "speed": speed, "past_answers": past_answers}
+        parts |= {"heat": heat, "view": view, "see_inside": see_inside} | dict(zip(layout.PANEL, panel_parts))
         parts |= {"record": record, "history": history} | dict(zip((one.name for one in SETTINGS), settings))
-        optional: dict[str, list[Block]] = {"is_answered": [actions], "has_language": [language]}
-        optional |= {"is_embedded": [draw, note]}
+        optional: dict[str, list[Block]] = {"is_answered": [actions, see_inside], "has_language": [language]}
+        optional |= {"is_embedded": [draw, note], "is_open": [panel]}
+        closing = [panel, view, heat, see_inside]
 
         def show(values: dict[str, Any]) -> dict[Block, Any]:
             shown: dict[Block, Any] = {parts[name]: value for name, value in values.items() if name in parts}
@@ -135,10 +141,21 @@ def build_page(models: Models) -> Page:
         def take_past_answer(history: list[handlers.Record], event: gr.EventData) -> dict[Block, Any]:
             return show_again(history, event.choice)
 
+        async def look(record: handlers.Record, view: inside.View, event: gr.EventData) -> AsyncIterator[dict]:
+            async for shown in look_inside(record, view, event.choice):
+                yield shown
+
+        def peek(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
+            return on_page(inside.peek, models)(record, view, event.choice)
+
+        def redraw(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
+            return on_page(inside.redraw, models)(record, view, event.choice)
+
         on_page = partial(page.event, show=show, write=escape)
         to_file = partial(page.event, write=escape)
         choose_example = on_page(handlers.choose_example, examples)
         show_again = on_page(handlers.show_again, models)
+        look_inside = on_page(inside.look, models)
 
         # --- what is pressed
 
@@ -147,7 +164,7 @@ def build_page(models: Models) -> Page:
             listen(
                 on_page(handlers.run, models),
                 [image, more_images, prompt, checkpoint, history, *settings],
-                [figure, answers, speed, actions, record, history, past_answers],
+                [figure, answers, speed, actions, record, history, past_answers, *closing],
                 # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
                 preprocess=False,
                 api_visibility="private",
@@ -159,7 +176,8 @@ def build_page(models: Models) -> Page:
         run_after(example.click(take_example, None, [image, more_images, prompt], **AT_ONCE).success)
         stop.click(stop_answers, **AT_ONCE)
         draw.click(handlers.draw_scene, None, image, **AT_ONCE)
-        gr.on([image.input, draw.click], None, prompt, [prompt, figure, answers, speed, actions], js=CHANGE_PICTURE)
+        gone = [figure, heat, speed, answers, actions, see_inside, panel]
+        gr.on([image.input, draw.click], None, prompt, [prompt, *gone], js=CHANGE_PICTURE)
         gr.on([task.input, language.input], handlers.choose_task, [task, language], prompt, **AT_ONCE)
         gr.on(
             [prompt.change, checkpoint.change],
@@ -176,9 +194,16 @@ def build_page(models: Models) -> Page:
         past_answers.click(
             take_past_answer,
             history,
-            [image, more_images, prompt, figure, answers, speed, record, actions],
+            [image, more_images, prompt, figure, answers, speed, record, actions, *closing],
             **AT_ONCE,
         )
+        see_inside.click(on_page(inside.toggle, models), [record, view], [*closing, *panel_parts], **LOOKING)
+        gr.on(
+            [part.click for part in (heat, *panel_parts)], look, [record, view], [view, heat, *panel_parts], **LOOKING
+        )
+        words, rivals, section, distribution = panel_parts
+        words.select(peek, [record, view], rivals, trigger_mode="always_last", **AT_ONCE)
+        section.input(redraw, [record, view], distribution, trigger_mode="always_last", **AT_ONCE)
         # A visitor who comes while the model is being loaded sees how far it is.
         gr.on(
             [page.load, timer.tick, checkpoint.change],

@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 import weakref
+from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from ..config import PaliGemmaError, is_number, shorten
 from ..images import open_image
 from ..prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 from . import rendering
-from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models
+from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models, Tokens
 
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
@@ -63,6 +64,8 @@ ABOUT_PHOTOGRAPHS = (
 STORED = "A stored answer of the small checkpoint. Press **Run** to see it made."
 EMPTY_ANSWER = "An empty answer. To “detect” and “segment” it means: there is none."
 FORGOTTEN = "This answer is forgotten, since the page was started anew meanwhile; please ask again."
+SEE_INSIDE = "See inside: how did it choose each word?"
+CLOSED: dict[str, Any] = {"is_open": False, "view": {}, "heat": "", "see_inside": SEE_INSIDE}  # of the panel
 SEVERAL_PROMPTS = "*Shift + Enter: one more prompt about the same picture.*"
 
 
@@ -104,10 +107,11 @@ _readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
 T = TypeVar("T")
 
 # An answer of this visit: `path`, `url` and `size` (width, height) of its first image, `more`, the paths of others,
-# `checkpoint`, and `answers`, pairs of a prompt and the text that answers it.
+# `checkpoint`, `answers`, pairs of a prompt and the text that answers it, and the `tokens` of each.
 Record = dict[str, Any]
-# A picture that comes with the page: `picture`, its file, a `prompt`, and the `answer` of the embedded checkpoint.
-EXAMPLES: list[dict[str, str]] = json.loads((EXAMPLES_FOLDER / "answers.json").read_text())
+# A picture that comes with the page: `picture`, its file, a `prompt`, and the `answer` of the embedded checkpoint, with the
+# `ids` and `probabilities` of its tokens.
+EXAMPLES: list[dict[str, Any]] = json.loads((EXAMPLES_FOLDER / "answers.json").read_text())
 _Found = tuple[Image.Image | None, list[dict[str, object]]]
 
 
@@ -135,7 +139,7 @@ def run(
     opened, record = yield from open_uploads(image, more_images, meanwhile={})
     count = len(opened)
     # What was shown before goes, also if this answer is stopped.
-    yield {"figure": "", "answers": "", "speed": "", "is_answered": False}
+    yield {"figure": "", "answers": "", "speed": "", "is_answered": False} | CLOSED
     drawn: list[rendering.MarkedObject] | None = None
     answers: list[Answer] = []
     for status, answers, objects in _answer(models, checkpoint, opened, prompt, read_settings(settings)):
@@ -153,6 +157,7 @@ def run(
     if not any(answer.text or answer.is_finished for answer in answers):
         return  # stopped before it began
     record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
+    record["tokens"] = [answer.tokens for answer in answers]
     history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
     past_answers = thumbnails("Your answers of this visit", history)
     yield {"record": record, "history": history, "past_answers": past_answers, "is_answered": True}
@@ -171,9 +176,13 @@ def example_records(paths: Sequence[str]) -> list[Record]:
     """The answers of `EXAMPLES`, as if this visit had asked for them; `paths` are those of their images as uploads."""
     return [
         {"path": path, "url": _url(path), "size": Image.open(path).size, "more": [], "checkpoint": EMBEDDED}
-        | {"answers": [(example["prompt"], example["answer"])]}
+        | {"answers": [(example["prompt"], example["answer"])], "tokens": [_tokens(example)]}
         for path, example in zip(paths, EXAMPLES, strict=True)
     ]
+
+
+def _tokens(example: dict[str, Any]) -> Tokens:
+    return Tokens(array("i", example["ids"]), array("f", example["probabilities"]))
 
 
 def choose_example(examples: Sequence[Record], index: int) -> dict[str, Any]:
@@ -188,7 +197,7 @@ def show_again(models: Models, history: list[Record], index: int) -> dict[str, A
     if not 0 <= index < len(history):
         raise PaliGemmaError(FORGOTTEN)
     record = history[index]
-    _result(_open(record["path"], None))  # it may have been deleted meanwhile
+    result(_open(record["path"], None))  # it may have been deleted meanwhile
     answers, objects = _read_again(models, record)
     return {
         "image": record["path"],
@@ -199,6 +208,7 @@ def show_again(models: Models, history: list[Record], index: int) -> dict[str, A
         "speed": "",
         "record": record,
         "is_answered": True,
+        **CLOSED,
     }
 
 
@@ -216,7 +226,7 @@ def prompts_of(record: Record) -> str:
 
 def save_image(models: Models, record: Record) -> str:
     """Draw an answer's boxes and masks on its image; returns the path of the file."""
-    image = _result(_open(_path(record), None))
+    image = result(_open(_path(record), None))
     path = _new_file(record, "marked.png")
     rendering.draw(image, _read_again(models, record)[1]).save(path)
     return str(path)
@@ -224,7 +234,7 @@ def save_image(models: Models, record: Record) -> str:
 
 def save_objects(models: Models, record: Record) -> str:
     """Write an answer's objects as JSON; returns the path of the file."""
-    size = _result(_open(_path(record), None)).size
+    size = result(_open(_path(record), None)).size
     path = _new_file(record, "objects.json")
     path.write_text(json.dumps(rendering.to_json(_read_again(models, record)[1], size)))
     return str(path)
@@ -464,7 +474,7 @@ def _path(record: Record) -> str:
     return record["path"]
 
 
-def _result(steps: Generator[object, None, T]) -> T:
+def result(steps: Generator[object, None, T]) -> T:
     """What a generator returns at its end."""
     while True:
         try:

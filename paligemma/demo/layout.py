@@ -14,6 +14,7 @@ from ..prompts import ENGLISH, LANGUAGES
 from .handlers import EXAMPLES, EXAMPLES_FOLDER, MAX_PROMPTS, SETTINGS
 from .scripts import CHOOSE_FILE, TELL_CHOICE, ZOOM
 
+PANEL = ("words", "rivals", "section", "distribution")  # parts of the panel “See inside”, from top to bottom
 MORE_PICTURES = "For checkpoints trained on several pictures at once. Boxes and masks are drawn on the large one."
 
 
@@ -28,10 +29,10 @@ def stage(path: str, figure: str, has_scenes: bool) -> tuple[gr.Image, gr.HTML, 
             buttons=[],
             elem_id="picture",
         )
-        heat = gr.HTML(elem_id="heat", elem_classes="layer")
+        heat = gr.HTML(js_on_load=TELL_CHOICE, elem_id="heat")
         # Always there, though empty at first: of updates that came soon after one that made it visible, the browser
         # lost some.
-        marks = gr.HTML(figure, elem_id="figure", elem_classes="layer")
+        marks = gr.HTML(figure, elem_id="figure")
         with gr.Row(elem_id="picture-actions"):
             gr.Button("Change picture", size="sm", min_width=0, elem_id="change").click(None, js=CHOOSE_FILE)
             draw = gr.Button("New scene", size="sm", min_width=0, visible=has_scenes, elem_id="draw")
@@ -106,3 +107,12 @@ def save_buttons(is_visible: bool) -> tuple[gr.Row, gr.Button, gr.Button, gr.But
             gr.Button(text, size="sm", min_width=80, elem_id=name) for name, text in names.items()
         )
     return actions, copy, picture, objects, share
+
+
+def inside_panel() -> tuple[gr.Column, gr.HTML, gr.HTML, gr.HTML, gr.HTML]:
+    """The panel in which an answer is looked into, closed at first, and the parts of `PANEL`."""
+    with gr.Column(visible=False, elem_id="inside") as panel:
+        words, rivals, section, distribution = (
+            gr.HTML(js_on_load=TELL_CHOICE, elem_id=f"inside-{name}") for name in PANEL
+        )
+    return panel, words, rivals, section, distribution

@@ -18,20 +18,55 @@ MAKE_LINK = f"""(...values) => {{
     return link.href;
 }}"""
 DOWNLOAD = "() => setTimeout(() => document.querySelector('#file').click(), 200)"
-# Another picture: what was answered about the one before goes (marks, text, line about time, buttons), and the prompt of
+# Another picture: what was answered about the one before goes (marks, attention, line about time, text, buttons, panel), and the prompt of
 # an example makes place for one that fits any picture. Here, since what the server says might come after the first token
 # of the next answer.
 CHANGE_PICTURE = f"""(prompt) => {{
     const isExample = {json.dumps([example["prompt"] for example in EXAMPLES])}.includes(prompt);
     const hidden = {{__type__: "update", visible: false}};
-    return [isExample ? {json.dumps(TASKS[0].prompt())} : prompt, "", {json.dumps(NOTHING_YET)}, "", hidden];
+    const task = isExample ? {json.dumps(TASKS[0].prompt())} : prompt;
+    return [task, "", "", "", {json.dumps(NOTHING_YET)}, hidden, hidden, hidden];
 }}"""
-# A click on an element with `data-choice`, or a key on it, as an event of the `gr.HTML` around it.
-TELL_CHOICE = """element.addEventListener("click", (event) => {
-    const chosen = event.target.closest("[data-choice]");
-    if (chosen) trigger("click", {choice: JSON.parse(chosen.dataset.choice)});
-});"""
-
+# A click on an element with `data-choice`, or on a patch of an image with `data-rows` and `data-columns`, as a click on the
+# `gr.HTML` around it, whose event has the `choice`; to point at one, as a selection; to move sliders with `data-name`, as
+# an input of all their values. What had the focus has it again after it is drawn anew.
+TELL_CHOICE = """
+let latest, timer;
+const find = (event) => event.target.closest("[data-choice]");
+element.addEventListener("click", (event) => {
+    const chosen = find(event), grid = event.target.closest("[data-rows]");
+    if (chosen) {
+        latest = chosen.dataset.choice;
+        clearTimeout(timer);
+        trigger("click", {choice: JSON.parse(latest)});
+    } else if (grid) {
+        const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(grid.getScreenCTM().inverse());
+        const {width, height} = grid.viewBox.baseVal, {rows, columns} = grid.dataset;
+        const row = Math.floor(point.y / height * rows), column = Math.floor(point.x / width * columns);
+        if (row >= 0 && row < rows && column >= 0 && column < columns)
+            trigger("click", {choice: {patch: row * columns + column}});
+    }
+});
+for (const kind of ["pointerover", "focusin"]) element.addEventListener(kind, (event) => {
+    const pointed = find(event);
+    if (!pointed || pointed.dataset.choice === latest) return;
+    latest = pointed.dataset.choice;
+    clearTimeout(timer);
+    timer = setTimeout(() => trigger("select", {choice: JSON.parse(pointed.dataset.choice)}), 120);
+});
+element.addEventListener("input", (event) => {
+    if (event.target.nextElementSibling) event.target.nextElementSibling.value = event.target.value;
+    const sliders = [...element.querySelectorAll("[data-name]")].map((one) => [one.dataset.name, Number(one.value)]);
+    trigger("input", {choice: Object.fromEntries(sliders)});
+});
+element.addEventListener("change", (event) => {
+    if (event.target.dataset.name === "patch") trigger("click", {choice: {patch: Number(event.target.value)}});
+});
+watch("value", () => {
+    const isLost = document.activeElement === document.body && latest;
+    if (isLost) element.querySelector(`[data-choice='${latest.replaceAll("'", "\\'")}']`)?.focus({preventScroll: true});
+});
+"""
 CHOOSE_FILE = """() => document.querySelector("#picture input[type=file]").click()"""
 ZOOM = """() => {
     const stage = document.querySelector("#stage"), isZoomed = stage.toggleAttribute("data-zoomed");

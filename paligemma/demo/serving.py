@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
@@ -255,6 +256,18 @@ def _free() -> None:
 
 
 @dataclass
+class Tokens:
+    """Ids of tokens, int32, and the model's own probabilities of them, float32: compact, since a visitor's are kept."""
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    probabilities: array[float] = field(default_factory=lambda: array("f"))
+
+    def add(self, token_id: int, probability: float) -> None:
+        self.ids.append(token_id)
+        self.probabilities.append(probability)
+
+
+@dataclass
 class Answer:
     """One prompt's answer as it grows, with the seconds after the request at which its tokens came."""
 
@@ -262,6 +275,7 @@ class Answer:
     annotated: AnnotatedText = field(default_factory=AnnotatedText)
     text: str = ""
     times: list[float] = field(default_factory=list)
+    tokens: Tokens = field(default_factory=Tokens)
     is_finished: bool = False
 
     @classmethod
@@ -311,6 +325,7 @@ def answer_prompts(
                 answer.is_finished = True
             else:
                 answer.times.append(time.perf_counter() - start)
+                answer.tokens.add(token.id, token.probability)
                 answer.text += token.text
                 answer.annotated.push(token.text)
             yield answers
