@@ -238,11 +238,15 @@ def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: lis
         language = gr.Dropdown(list(LANGUAGES), value=ENGLISH, label="Language code")
         kinds = gr.Textbox(label="What to find, such as “cat” or “cat ; dog”")
         seed = gr.Number(label=settings[-1].label, precision=0)
+        index = gr.Number(label="Which token of the answer, from 0", precision=0)
+        heads = gr.Checkbox(label="Attention of every head")
+        inside = gr.JSON(label="What the step of this token was like inside")
         text = gr.Textbox(label="The answer so far")
         marked = gr.Image(label="The picture with boxes or masks drawn on it", format="png")
         objects = gr.JSON(label="Objects: label, box [x_min, y_min, x_max, y_max] in pixels, mask as COCO run lengths")
     for handler, inputs, outputs in (
         (handlers.generate, [image, prompt, *settings[:-1], seed, more_images], [text, objects]),
+        (handlers.inspect, [image, prompt, index, *settings[:-1], seed, heads, more_images], inside),
         (handlers.caption, [image, language], text),
         (handlers.detect, [image, kinds], [marked, objects]),
         (handlers.segment, [image, kinds], [marked, objects]),
