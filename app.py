@@ -94,8 +94,7 @@ def build_page(models: Models) -> Page:
                 with gr.Column(elem_id="card"):
                     answers = gr.HTML(shown["answers"], elem_id="answers")
                     speed = gr.Markdown(handlers.STORED, elem_id="speed")
-                    see_inside = gr.Button(handlers.SEE_INSIDE, visible=not IS_ZERO_GPU, elem_id="see-inside")
-                    actions, copy, save_image, save_objects, share = layout.save_buttons(True)
+                    actions, see_inside, copy, save_image, save_objects, share = layout.actions()
                     link = gr.Textbox(
                         label="Opens this page with this prompt and these settings",
                         visible=False,
@@ -116,7 +115,7 @@ def build_page(models: Models) -> Page:
         parts |= {"figure": figure, "answers": answers, "speed": speed, "past_answers": past_answers}
         parts |= {"heat": heat, "view": view, "see_inside": see_inside} | dict(zip(layout.PANEL, panel_parts))
         parts |= {"record": record, "history": history} | dict(zip((one.name for one in SETTINGS), settings))
-        optional: dict[str, list[Block]] = {"is_answered": [actions, see_inside], "has_language": [language]}
+        optional: dict[str, list[Block]] = {"is_answered": [actions], "has_language": [language]}
         optional |= {"is_embedded": [draw, note], "is_open": [panel]}
         closing = [panel, view, heat, see_inside]
 
@@ -176,7 +175,7 @@ def build_page(models: Models) -> Page:
         run_after(example.click(take_example, None, [image, more_images, prompt], **AT_ONCE).success)
         stop.click(stop_answers, **AT_ONCE)
         draw.click(handlers.draw_scene, None, image, **AT_ONCE)
-        gone = [figure, heat, speed, answers, actions, see_inside, panel]
+        gone = [figure, heat, speed, answers, actions, panel]
         gr.on([image.input, draw.click], None, prompt, [prompt, *gone], js=CHANGE_PICTURE)
         gr.on([task.input, language.input], handlers.choose_task, [task, language], prompt, **AT_ONCE)
         gr.on(
@@ -202,7 +201,8 @@ def build_page(models: Models) -> Page:
             [part.click for part in (heat, *panel_parts)], look, [record, view], [view, heat, *panel_parts], **LOOKING
         )
         words, rivals, section, distribution = panel_parts
-        words.select(peek, [record, view], rivals, trigger_mode="always_last", **AT_ONCE)
+        if not IS_ZERO_GPU:  # each look would ask for a GPU
+            words.select(peek, [record, view], rivals, trigger_mode="always_last", **AT_ONCE)
         section.input(redraw, [record, view], distribution, trigger_mode="always_last", **AT_ONCE)
         # A visitor who comes while the model is being loaded sees how far it is.
         gr.on(
@@ -228,11 +228,15 @@ def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: lis
         language = gr.Dropdown(list(LANGUAGES), value=ENGLISH, label="Language code")
         kinds = gr.Textbox(label="What to find, such as “cat” or “cat ; dog”")
         seed = gr.Number(label=settings[-1].label, precision=0)
+        index = gr.Number(label="Which token of the answer, from 0", precision=0)
+        heads = gr.Checkbox(label="Attention of every head")
+        inside = gr.JSON(label="What the step of this token was like inside")
         text = gr.Textbox(label="The answer so far")
         marked = gr.Image(label="The picture with boxes or masks drawn on it", format="png")
         objects = gr.JSON(label="Objects: label, box [x_min, y_min, x_max, y_max] in pixels, mask as COCO run lengths")
     for handler, inputs, outputs in (
         (handlers.generate, [image, prompt, *settings[:-1], seed, more_images], [text, objects]),
+        (handlers.inspect, [image, prompt, index, *settings[:-1], seed, heads, more_images], inside),
         (handlers.caption, [image, language], text),
         (handlers.detect, [image, kinds], [marked, objects]),
         (handlers.segment, [image, kinds], [marked, objects]),

@@ -311,9 +311,12 @@ class Inspector:
     def _check(self, index: int) -> None:
         """Refuse a token that is not there."""
         answered = len(self._sequence.answer_ids)
+        if not answered:
+            raise PaliGemmaError("This answer has no token to look inside of; please ask something else.")
         if not is_number(index, whole=True) or not 0 <= index < answered:
-            which = f"a whole number from 0 to {answered - 1}" if answered else "an answer that has one"
-            raise PaliGemmaError(f"There is no token {shorten(index)} in this answer; please give {which}.")
+            raise PaliGemmaError(
+                f"There is no token {shorten(index)} in this answer; please give a whole number from 0 to {answered - 1}."
+            )
 
     def _replay(self, index: int) -> tuple[_Replayed, KeptCache]:
         self._check(index)

@@ -15,7 +15,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from threading import Event, Lock
@@ -157,7 +157,7 @@ def run(
     if not any(answer.text or answer.is_finished for answer in answers):
         return  # stopped before it began
     record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
-    record["tokens"] = [answer.tokens for answer in answers]
+    record["tokens"] = [Tokens.of(answer.tokens) for answer in answers]
     history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
     past_answers = thumbnails("Your answers of this visit", history)
     yield {"record": record, "history": history, "past_answers": past_answers, "is_answered": True}
@@ -371,6 +371,54 @@ def segment(models: Models, image: object, objects: str) -> Iterator[_Found]:
         objects: what to find: `cat`, or several kinds: `cat ; dog`
     """
     yield from _find_objects(models, image, objects, segment_prompt)
+
+
+def inspect(
+    models: Models,
+    image: object,
+    prompt: str,
+    index: int = 0,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0,
+    top_k: int = 0,
+    top_p: float = 1,
+    seed: int | None = None,
+    heads: bool = False,
+    more_images: object = None,
+) -> Iterator[dict[str, Any]]:
+    """Answer a prompt about a picture, and look inside the step that made one of its tokens; gives one dictionary at the end.
+
+    It has `text`, `tokens`, the `token` and its `rivals` with probabilities, `attention` by layer and position with the
+    `spans` of picture, prompt and answer, the `lens` (the likeliest token after each layer), the `distribution` under the
+    settings, and more.
+
+    Args:
+        image: the picture
+        prompt: one, as for `generate`
+        index: which token of the answer, from 0
+        max_new_tokens: the longest answer
+        temperature: as for `generate`, as are the next three
+        top_k: 0 is off
+        top_p: 1 is off
+        seed: a whole number
+        heads: whether the attention of each head is given, instead of their mean
+        more_images: as for `generate`
+    """
+    if len(str(prompt).strip().splitlines()) > 1:
+        raise PaliGemmaError("These are several prompts; please give one.")
+    opened, _ = yield from open_uploads(image, more_images, meanwhile={})
+    again, name = list(opened), models.names[0]
+    settings = read_settings((max_new_tokens, temperature, top_k, top_p, seed))
+    with models.use(name):
+        answer = Answer("")
+        for status, answers, _ in _answer(models, name, opened, prompt, settings):
+            if not status:
+                (answer,) = answers
+        ids = [token.id for token in answer.tokens]
+        for seen in models.look(name, again, answer.prompt, ids, "inspect", index):
+            tokens = [asdict(token) for token in answer.tokens]
+            distribution = [asdict(one) for one in seen.distribution(temperature, top_k, top_p)]
+            yield {"text": answer.text, "tokens": tokens} | seen.to_json(bool(heads)) | {"distribution": distribution}
 
 
 def _find_objects(models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]) -> Iterator[_Found]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from ..config import PaliGemmaError, is_number, shorten
 from . import drawings
 from .handlers import CLOSED, FORGOTTEN, MAX_NEW_TOKENS, Record, open_uploads, result
-from .serving import EMBEDDED, ON_STOP, Models, Tokens
+from .serving import EMBEDDED, Models, Tokens
 
 if TYPE_CHECKING:
-    from ..generation import Answer, VisionLanguageModel
+    from ..generation import VisionLanguageModel
     from ..inspection import Inspection
 
 ATTENTION, LAYERS, WHAT_IF, MASK, CACHE, ENCODER, WALK = TABS = (
@@ -95,17 +94,17 @@ class _Look:
         paths = self.record["path"], *self.record["more"]
         return self.record["checkpoint"], paths, self.prompt, self.tokens.ids.tobytes()
 
-    def answer(self) -> Answer:
-        """The answer, to be asked what it was like inside."""
-        images, _ = result(
-            open_uploads({"path": self.record["path"]}, [{"path": path} for path in self.record["more"]], {})
-        )
-        return self.vlm.resume(images, self.prompt, self.tokens.ids.tolist(), max_new_tokens=len(self.tokens.ids) or 1)
+    def ask(self, method: str, *arguments: object, **settings: object) -> Iterator[Any]:
+        """What `Models.look` yields of the answer."""
+        more = [{"path": path} for path in self.record["more"]]
+        images, _ = result(open_uploads({"path": self.record["path"]}, more, {}))
+        ids = self.tokens.ids.tolist()
+        return self._models.look(self.record["checkpoint"], images, self.prompt, ids, method, *arguments, **settings)
 
     def seen(self, index: int | None = None) -> Inspection:
         """The step of a token, else of the chosen one."""
         at = self.view["index"] if index is None else index
-        return _seen.get((*self.key, at), lambda: self.answer().inspect(at))
+        return _seen.get((*self.key, at), lambda: next(self.ask("inspect", at)))
 
     def texts(self, tokens: Tokens) -> list[str]:
         return [self.vlm.processor.token_text(token_id) for token_id in tokens.ids]
@@ -160,7 +159,7 @@ def look(models: Models, record: Record, view: View, choice: dict[str, Any]) -> 
             yield from _branch(models, looking, choice["rival"])
             return
         if choice.get("measure") and record["checkpoint"] == EMBEDDED:
-            looking.view["seconds"] = looking.answer().seconds_without_cache()
+            looking.view["seconds"] = next(looking.ask("seconds_without_cache"))
         yield _shown(looking)
 
 
@@ -184,14 +183,11 @@ def _branch(models: Models, looking: _Look, token_id: object) -> Iterator[dict[s
     """Let the answer go on from another token, as a line of its own."""
     view, index = looking.view, looking.view["index"]
     tokens = Tokens(looking.tokens.ids[:index], looking.tokens.probabilities[:index])
-    answer = looking.answer().branch(index, token_id, max_new_tokens=MAX_NEW_TOKENS)  # type: ignore[arg-type]  # it checks it
-    ON_STOP.get([]).append(answer.close)
     view["branches"] = [*view["branches"], (looking.prompt, tokens)][-MAX_BRANCHES:]
     view["line"] = len(looking.record["answers"]) + len(view["branches"]) - 1
-    with closing(answer):
-        for token in answer:
-            tokens.add(token.id, token.probability)
-            yield {"words": _words(_Look(models, looking.record, view))}
+    for token in looking.ask("branch", index, token_id, max_new_tokens=MAX_NEW_TOKENS):
+        tokens.add(token)
+        yield {"words": _words(_Look(models, looking.record, view))}
     view["index"] = min(index, max(0, len(tokens.ids) - 1))  # an end token is none
     yield _shown(_Look(models, looking.record, view))
 
@@ -228,7 +224,7 @@ def _shown(looking: _Look) -> dict[str, Any]:
     elif tab == ENCODER:
         section = _encoder(looking, shown)
     elif tab == WALK:
-        section = drawings.walk_html(looking.answer().walk_through(), ROOT, _code_address())
+        section = drawings.walk_html(next(looking.ask("walk_through")), ROOT, _code_address())
     else:
         raise PaliGemmaError(f"There is no tab {shorten(tab)}; please choose one of {', '.join(TABS)}.")
     shown["section"] = drawings.tabs_html(TABS, tab) + section
@@ -237,9 +233,8 @@ def _shown(looking: _Look) -> dict[str, Any]:
 
 def _encoder(looking: _Look, shown: dict[str, Any]) -> str:
     """The section about a patch, whose heat map is `shown` instead of the token's."""
-    images, _ = result(open_uploads({"path": looking.record["path"]}, [], {}))
-    vision, patch = looking.vlm.config.vision, looking.view.get("patch")
-    seen = looking.vlm.inspect_encoder(images[0], vision.num_patches // 2 if patch is None else patch)
+    patch, patches = looking.view.get("patch"), looking.vlm.config.vision.num_patches
+    seen = next(looking.ask("inspect_encoder", patches // 2 if patch is None else patch))
     layer = looking.number("encoder_layer", len(seen.attention))
     shown["heat"] = drawings.heat_svg(seen.heat_map(layer), looking.record["size"], seen.patch, has_grid=True)
     return drawings.encoder_html(seen, layer)

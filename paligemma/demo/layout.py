@@ -11,7 +11,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ..prompts import ENGLISH, LANGUAGES
-from .handlers import EXAMPLES, EXAMPLES_FOLDER, MAX_PROMPTS, SETTINGS
+from .handlers import EXAMPLES, EXAMPLES_FOLDER, MAX_PROMPTS, SEE_INSIDE, SETTINGS
 from .scripts import CHOOSE_FILE, TELL_CHOICE, ZOOM
 
 PANEL = ("words", "rivals", "section", "distribution")  # parts of the panel “See inside”, from top to bottom
@@ -99,14 +99,16 @@ def settings_menu(checkpoints: Sequence[str]) -> tuple[gr.Dropdown, list[Compone
         return checkpoint, [*sliders, gr.Textbox(label=seed.label, max_lines=1, max_length=19, elem_id=seed.name)]
 
 
-def save_buttons(is_visible: bool) -> tuple[gr.Row, gr.Button, gr.Button, gr.Button, gr.Button]:
-    """What can be done with an answer: the row, and its buttons to copy, save as image and as JSON, and share."""
+def actions() -> tuple[gr.Column, gr.Button, gr.Button, gr.Button, gr.Button, gr.Button]:
+    """What can be done with an answer: all of it, and its buttons to look inside, copy, save as image and as JSON, and share."""
     names = {"copy": "Copy text", "as-picture": "Picture (PNG)", "as-json": "Objects (JSON)", "share": "Link"}
-    with gr.Row(visible=is_visible, elem_id="actions") as actions:
-        copy, picture, objects, share = (
-            gr.Button(text, size="sm", min_width=80, elem_id=name) for name, text in names.items()
-        )
-    return actions, copy, picture, objects, share
+    with gr.Column(elem_id="actions") as column:
+        look = gr.Button(SEE_INSIDE, elem_id="see-inside")
+        with gr.Row():
+            copy, picture, objects, share = (
+                gr.Button(text, size="sm", min_width=80, elem_id=name) for name, text in names.items()
+            )
+    return column, look, copy, picture, objects, share
 
 
 def inside_panel() -> tuple[gr.Column, gr.HTML, gr.HTML, gr.HTML, gr.HTML]:

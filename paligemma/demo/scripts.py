@@ -25,7 +25,7 @@ CHANGE_PICTURE = f"""(prompt) => {{
     const isExample = {json.dumps([example["prompt"] for example in EXAMPLES])}.includes(prompt);
     const hidden = {{__type__: "update", visible: false}};
     const task = isExample ? {json.dumps(TASKS[0].prompt())} : prompt;
-    return [task, "", "", "", {json.dumps(NOTHING_YET)}, hidden, hidden, hidden];
+    return [task, "", "", "", {json.dumps(NOTHING_YET)}, hidden, hidden];
 }}"""
 # A click on an element with `data-choice`, or on a patch of an image with `data-rows` and `data-columns`, as a click on the
 # `gr.HTML` around it, whose event has the `choice`; to point at one, as a selection; to move sliders with `data-name`, as

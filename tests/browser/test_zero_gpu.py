@@ -96,6 +96,8 @@ def test_the_models_are_packed_and_the_worker_answers_with_them(zero_gpu, device
     for prompt in ("caption en", "detect cat"):
         text, _ = client.predict(handle_file(PICTURE), prompt, api_name="/generate")
         assert text == in_bfloat16.generate(PICTURE, prompt)
+    seen = client.predict(handle_file(PICTURE), "detect cat", 1, api_name="/inspect")
+    assert seen["token"]["text"] == list(in_bfloat16.stream(PICTURE, "detect cat"))[1].text
     _, objects = client.predict(handle_file(PICTURE), "cat", api_name="/segment")
     assert objects
     assert all(one["mask"] for one in objects), "masks are decoded where there is no GPU"

@@ -72,6 +72,45 @@ def test_further_images_come_before_the_prompt_with_the_first(models, tiny, uplo
     assert text == answer
 
 
+def test_a_step_of_an_answer_is_given_as_plain_values(models, tiny, upload):
+    image, other = upload("cats.png"), upload("music.png")
+    answer = tiny.stream([image["path"], other["path"]], "caption en")
+    tokens = list(answer)
+    *_, values = handlers.inspect(models, image, "caption en", 3, heads=True, more_images=[other])
+    assert values["text"] == "".join(token.text for token in tokens)
+    assert [token["id"] for token in values["tokens"]] == answer.token_ids
+    expected = json.loads(json.dumps(answer.inspect(3).to_json(with_heads=True)))
+    assert json.loads(json.dumps(values["attention"])) == expected["attention"]
+    assert values["token"]["id"] == tokens[3].id
+    assert values["distribution"][0]["probability"] == 1  # greedy
+
+
+def test_an_answer_that_was_shown_goes_on_from_another_token(models, tiny, upload):
+    path = upload("cats.png")["path"]
+    answer = tiny.stream(path, "caption en")
+    rival = [list(answer), answer.inspect(1).rivals[0]][1]
+    expected = list(answer.branch(1, rival.id))
+    models.get(EMBEDDED)
+    looking = models.look(EMBEDDED, [Image.open(path)], "caption en", answer.token_ids, "branch", 1, rival.id)
+    assert [token.id for token in looking] == [token.id for token in expected]
+    with pytest.raises(PaliGemmaError, match="There is no token 99"):
+        next(models.look(EMBEDDED, [Image.open(path)], "caption en", answer.token_ids, "inspect", 99))
+
+
+@pytest.mark.parametrize(
+    ("index", "prompt", "sentence"),
+    [
+        (999, "detect cat", "There is no token 999 in this answer; please give a whole number from 0 to"),
+        (None, "detect cat", "There is no token None"),
+        (0, "detect cat\nocr", "These are several prompts; please give one."),
+        (0, "", "The prompt is empty"),
+    ],
+)
+def test_a_step_that_is_not_there_gets_one_sentence(models, upload, index, prompt, sentence):
+    with pytest.raises(PaliGemmaError, match=sentence):
+        list(handlers.inspect(models, upload("cats.png"), prompt, index))
+
+
 @pytest.mark.parametrize(
     ("others", "sentence"),
     [

@@ -255,7 +255,7 @@ def test_what_has_no_token_or_failed_is_not_kept(random_vlm, monkeypatch):
     assert random_vlm.engine.prefill.kept.nbytes == 0
     assert failed.inspect(0).token.id == failed.token_ids[0]
     for look in (answer.walk_through, lambda: answer.inspect(0), lambda: answer.branch(0, 5)):
-        with pytest.raises(PaliGemmaError, match="in this answer; please give an answer that has one"):
+        with pytest.raises(PaliGemmaError, match="This answer has no token"):
             look()
 
 
