@@ -30,7 +30,7 @@ from ..inspection import (
 )
 
 # From the patches that are attended to least to the one that is most: color and opacity, 0 to 255.
-COLD, WARM = np.array([11, 18, 48, 200.0]), np.array([255, 205, 60, 70.0])
+COLD, WARM = np.array([11, 18, 48, 205.0]), np.array([255, 205, 60, 45.0])
 GAMMA = 0.6  # of the share in the largest, so that small ones can be told apart
 HEAT_PIXELS, THUMBNAIL_PIXELS = 256, 24  # on a side
 MAX_BARS = 24  # of tokens that are listed
@@ -164,7 +164,7 @@ def attention_html(seen: Inspection, layer: int | None, head: int | None, line: 
     shares = {kind: 0.0 for kind in NAMES}
     for span in seen.spans:
         shares[span.kind] += float(mean[span.start : span.end].sum())
-    bars = "".join(bar(NAMES[kind], share, color=kind) for kind, share in shares.items())
+    bars = "".join(bar(NAMES[kind], share, color=f"of-{kind}") for kind, share in shares.items())
     first = len(mean) - len(seen.texts)
     words = "".join(
         f'<span style="--share: {share / max(mean[first:].max(), 1e-9):.3f}" title="{percent(share)}">{token_name(text)}</span>'
@@ -317,9 +317,7 @@ def _mask_places(rows: Sequence[Span]) -> dict[Span, tuple[float, float]]:
 
 
 def _mask_rect(x: float, y: float, width: float, height: float, kind: str, title: str) -> str:
-    return (
-        f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}"><title>{escape(title)}</title></rect>'
-    )
+    return f'<rect class="of-{kind}" x="{x}" y="{y}" width="{width}" height="{height}"><title>{escape(title)}</title></rect>'
 
 
 def _answer_titles(span: Span, texts: Sequence[str]) -> Iterable[str]:

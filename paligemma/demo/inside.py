@@ -1,8 +1,8 @@
 """What happens in the panel “See inside”: one function for each event, as in `handlers`.
 
 Nothing is computed before the panel is opened, then only what it shows. What it shows is in its `View`, plain values: the
-`tab`; `line` and `index`, the chosen token, of the answers and then of `branches`, pairs of prompt and `Tokens` that went
-on from a rival; `layer` and `head` of the decoder; `patch` and `encoder_layer`; `seconds`, of each token without a cache.
+`tab`; `line` and `index`, the chosen token, of the answers and then of `branches`, each a prompt, `Tokens` and
+the number of the one that was a rival; `layer` and `head` of the decoder; `patch` and `encoder_layer`; `seconds`, of each token without a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..inspection import Inspection
 
 ATTENTION, LAYERS, WHAT_IF, MASK, CACHE, ENCODER, WALK = TABS = (
-    "Attention", "Layers", "What if", "Mask", "Cache", "Encoder", "Walk through",
+    "Attention", "Layers", "What if", "Mask", "Cache", "Encoder", "Walk",
 )  # fmt: skip
 CLOSE = "Close the look inside"
 MAX_BRANCHES = 3
@@ -75,7 +75,8 @@ class _Look:
         self.view: View = {"tab": ATTENTION, "branches": [], **view}
         self._models = models
         prompts = [prompt for prompt, _ in record["answers"]]
-        self.lines: list[tuple[str, Tokens]] = [*zip(prompts, record["tokens"]), *self.view["branches"]]
+        branches = [(prompt, tokens) for prompt, tokens, _ in self.view["branches"]]
+        self.lines: list[tuple[str, Tokens]] = [*zip(prompts, record["tokens"]), *branches]
         line = self.number("line", len(self.lines)) or 0
         self.prompt, self.tokens = self.lines[line]
         self.view["line"] = line
@@ -183,7 +184,7 @@ def _branch(models: Models, looking: _Look, token_id: object) -> Iterator[dict[s
     """Let the answer go on from another token, as a line of its own."""
     view, index = looking.view, looking.view["index"]
     tokens = Tokens(looking.tokens.ids[:index], looking.tokens.probabilities[:index])
-    view["branches"] = [*view["branches"], (looking.prompt, tokens)][-MAX_BRANCHES:]
+    view["branches"] = [*view["branches"], (looking.prompt, tokens, index)][-MAX_BRANCHES:]
     view["line"] = len(looking.record["answers"]) + len(view["branches"]) - 1
     for token in looking.ask("branch", index, token_id, max_new_tokens=MAX_NEW_TOKENS):
         tokens.add(token)
@@ -242,15 +243,18 @@ def _encoder(looking: _Look, shown: dict[str, Any]) -> str:
 
 def _words(looking: _Look) -> str:
     """All answers and branches, as tokens."""
-    count = len(looking.record["answers"])
+    titles = [prompt for prompt, _ in looking.record["answers"]]
+    for _, tokens, index in looking.view["branches"]:
+        rival = looking.texts(tokens)[index : index + 1] or ["an end"]
+        titles.append(f"What if it were “{rival[0].strip()}”?")
     return drawings.WORDS_TIP + "".join(
         drawings.words_html(
-            prompt if number < count else f"what if … · {prompt}",
+            title,
             number,
             list(zip(looking.texts(tokens), tokens.probabilities)),
             looking.view.get("index") if number == looking.view["line"] else None,
         )
-        for number, (prompt, tokens) in enumerate(looking.lines)
+        for number, (title, (_, tokens)) in enumerate(zip(titles, looking.lines))
     )
 
 
