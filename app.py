@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -21,14 +22,14 @@ from gradio.components import Component
 from starlette.middleware import Middleware
 
 import paligemma
-from paligemma.demo import handlers, hosting, rendering
+from paligemma.demo import handlers, hosting, inside, layout, rendering
 from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
-from paligemma.demo.scripts import COPY_TEXT, DOWNLOAD, MAKE_LINK
+from paligemma.demo.scripts import CHANGE_PICTURE, COPY_TEXT, DOWNLOAD, LISTEN, MAKE_LINK
 from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Models, load_checkpoint
 from paligemma.demo.theme import THEME
 from paligemma.demo.zero_gpu import IS_ZERO_GPU, borrow_gpu  # before anything that imports torch
-from paligemma.prompts import ENGLISH, LANGUAGES, TASKS
+from paligemma.prompts import ENGLISH, LANGUAGES, TASKS, task_of
 
 TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
@@ -40,15 +41,6 @@ MAX_UPLOADS_PER_HOUR = 500_000_000  # bytes, of one address
 FILES_KEPT_SECONDS = 3600
 
 DEMO_FOLDER = Path(handlers.__file__).parent
-EXAMPLES = [
-    ["cats.png", "caption en"],
-    ["picnic.png", "detect apple ; banana"],
-    ["traffic.png", "segment car"],
-    ["music.png", "answer en what is left of the guitar?"],
-    ["sign.png", "ocr"],
-]
-NOTHING_YET = '<p class="nothing-yet">The answer appears here, with boxes and masks on the picture.</p>'
-MORE_PICTURES = "For checkpoints trained on several pictures at once. Boxes and masks are drawn on the one above."
 LAUNCH_SETTINGS: dict[str, Any] = {
     "theme": THEME,
     "css": rendering.linking_css(),
@@ -66,6 +58,8 @@ LAUNCH_SETTINGS: dict[str, Any] = {
 }
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 TOGETHER: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 16}  # who comes later waits in a queue
+LOOKING: dict[str, Any] = {"concurrency_id": "inside", "concurrency_limit": 8, "trigger_mode": "always_last"}
+LOOKING |= {"api_visibility": "private", "show_progress": "hidden"}
 
 log = logging.getLogger(__name__)
 
@@ -74,84 +68,66 @@ def build_page(models: Models) -> Page:
     """The page from top to bottom, and what happens when something on it is pressed."""
     first = models.names[0]
     with Page(title=TITLE) as page:
-        gr.Markdown(f"# {TITLE}", elem_id="title")
-        about = gr.Markdown(handlers.about(first), elem_id="about")
-        record, history = gr.State({}), gr.State([])
-        with gr.Row():
-            with gr.Column(scale=5, min_width=340):
-                image = gr.Image(
-                    label="Picture", sources=["upload", "webcam", "clipboard"], height=170, elem_id="picture"
+        with gr.Row(elem_id="head"):
+            gr.Markdown(f"# {TITLE}\n{handlers.TAGLINE}", elem_id="title")
+            about = gr.Markdown(handlers.about(first), elem_id="about")
+        files = layout.example_files()
+        examples = handlers.example_records(files)
+        shown = handlers.show_again(models, examples, 0)
+        first_task = task_of(shown["prompt"]) or TASKS[0]
+        record, history, view = gr.State(shown["record"]), gr.State([]), gr.State({})
+        with gr.Row(elem_id="page"):
+            with gr.Column(scale=6, min_width=340, elem_id="question"):
+                image, heat, figure, draw = layout.stage(shown["image"], shown["figure"], first == EMBEDDED)
+                task = gr.Radio(
+                    [task.name for task in TASKS],
+                    value=first_task.name,
+                    label="Task",
+                    show_label=False,
+                    container=False,
+                    elem_id="tasks",
                 )
-                more_images = _more_pictures()
-                draw = gr.Button("New scene", size="sm", visible=first == EMBEDDED, elem_id="draw")
-                task = gr.Radio([task.name for task in TASKS], value=TASKS[0].name, label="Task", elem_id="tasks")
-                language = gr.Dropdown(
-                    [(f"{name} ({code})", code) for code, name in LANGUAGES.items()],
-                    value=ENGLISH,
-                    label="Language of the answer",
-                    visible=first != EMBEDDED,
-                    elem_id="languages",
-                )
-                prompt = gr.Textbox(
-                    label="Prompt", value=TASKS[0].prompt(), max_lines=handlers.MAX_PROMPTS, elem_id="prompt"
-                )
-                hint = gr.Markdown(handlers.hint(TASKS[0]), elem_id="hint")
-                with gr.Row():
-                    start = gr.Button("Run", variant="primary", elem_id="run")
-                    stop = gr.Button("Stop", elem_id="stop")
-                checkpoint, settings = _settings(models.names)
+                prompt, start, stop = layout.prompt_row(shown["prompt"])
+                hint = gr.Markdown(handlers.hint(first_task), elem_id="hint")
+                language = layout.language_menu(first != EMBEDDED)
+                with gr.Row(elem_id="folded"):
+                    checkpoint, settings = layout.settings_menu(models.names)
+                    more_images = layout.more_pictures()
+            with gr.Column(scale=5, min_width=340, elem_id="result"):
+                with gr.Column(elem_id="card"):
+                    answers = gr.HTML(shown["answers"], elem_id="answers")
+                    speed = gr.Markdown(handlers.STORED, elem_id="speed")
+                    actions, see_inside, copy, save_image, save_objects, share = layout.actions()
+                    link = gr.Textbox(
+                        label="Opens this page with this prompt and these settings",
+                        visible=False,
+                        buttons=["copy"],
+                        elem_id="link",
+                    )
+                    file = gr.DownloadButton(visible="hidden", elem_id="file")
+                    note = gr.Markdown(handlers.ABOUT_PHOTOGRAPHS, visible=first == EMBEDDED, elem_id="note")
+                panel, *panel_parts = layout.inside_panel()
+                example = layout.thumbnails(handlers.thumbnails("Try one of these", examples), "examples", files)
+                past_answers = layout.thumbnails("", "history")
                 status = gr.Markdown(models.status(first), elem_id="status")
-            with gr.Column(scale=6, min_width=340, elem_id="result"):
-                gr.Examples(
-                    [[str(DEMO_FOLDER / "examples" / name), text] for name, text in EXAMPLES],
-                    [image, prompt],
-                    example_labels=[text for _, text in EXAMPLES],
-                    label="Try one of these",
-                    elem_id="examples",
-                )
-                # Always visible, though empty at first: of updates that came soon after one that made it visible, the
-                # browser lost some.
-                figure = gr.HTML(elem_id="figure")
-                answers = gr.HTML(NOTHING_YET, elem_id="answers")
-                speed = gr.Markdown(elem_id="speed")
-                with gr.Row(visible=False) as actions:
-                    copy = gr.Button("Copy text", size="sm", min_width=80, elem_id="copy")
-                    save_image = gr.Button("Picture (PNG)", size="sm", min_width=80, elem_id="as-picture")
-                    save_objects = gr.Button("Objects (JSON)", size="sm", min_width=80, elem_id="as-json")
-                    share = gr.Button("Link", size="sm", min_width=80, elem_id="share")
-                link = gr.Textbox(
-                    label="Opens this page with this prompt and these settings",
-                    visible=False,
-                    buttons=["copy"],
-                    elem_id="link",
-                )
-                file = gr.DownloadButton(visible="hidden", elem_id="file")
-                past_answers = gr.Dataset(
-                    label="Your answers of this visit",
-                    components=[gr.Image(visible=False), gr.Textbox(visible=False)],
-                    samples=[],
-                    type="index",
-                    visible=False,
-                    elem_id="history",
-                )
         timer = gr.Timer(STATUS_SECONDS, active=False)
 
         # What the handlers change, by the names that they give it.
         parts: dict[str, Component] = {"about": about, "status": status, "image": image, "more_images": more_images}
         parts |= {"task": task, "prompt": prompt, "hint": hint, "checkpoint": checkpoint}
-        parts |= {"figure": figure, "answers": answers, "speed": speed}
+        parts |= {"figure": figure, "answers": answers, "speed": speed, "past_answers": past_answers}
+        parts |= {"heat": heat, "view": view, "see_inside": see_inside} | dict(zip(layout.PANEL, panel_parts))
         parts |= {"record": record, "history": history} | dict(zip((one.name for one in SETTINGS), settings))
-        optional = {"is_answered": actions, "has_language": language, "can_draw": draw}
+        optional: dict[str, list[Block]] = {"is_answered": [actions], "has_language": [language]}
+        optional |= {"is_embedded": [draw, note], "is_open": [panel]}
+        closing = [panel, view, heat, see_inside]
 
         def show(values: dict[str, Any]) -> dict[Block, Any]:
             shown: dict[Block, Any] = {parts[name]: value for name, value in values.items() if name in parts}
-            shown |= {optional[name]: gr.update(visible=value) for name, value in values.items() if name in optional}
+            for name in optional.keys() & values:
+                shown |= {part: gr.update(visible=values[name]) for part in optional[name]}
             if "is_loading" in values:
                 shown[timer] = gr.Timer(active=values["is_loading"])
-            if "history" in values:
-                samples = [[one["path"], handlers.prompts_of(one)] for one in values["history"]]
-                labels = [prompts.replace("\n", " · ") for _, prompts in samples]
-                shown[past_answers] = gr.Dataset(samples=samples, sample_labels=labels, visible=True)
             return shown or {prompt: gr.skip()}
 
         def open_link(request: gr.Request) -> dict[Block, Any]:
@@ -160,24 +136,50 @@ def build_page(models: Models) -> Page:
         async def stop_answers(request: gr.Request) -> None:
             page.stop(str(request.session_hash))
 
+        async def take_example(event: gr.EventData, request: gr.Request) -> dict[Block, Any]:
+            await stop_answers(request)  # that of another picture
+            return choose_example(event.choice)
+
+        def take_past_answer(history: list[handlers.Record], event: gr.EventData) -> dict[Block, Any]:
+            return show_again(history, event.choice)
+
+        async def look(record: handlers.Record, view: inside.View, event: gr.EventData) -> AsyncIterator[dict]:
+            async for shown in look_inside(record, view, event.choice):
+                yield shown
+
+        def peek(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
+            return on_page(inside.peek, models)(record, view, event.choice)
+
+        def redraw(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
+            return on_page(inside.redraw, models)(record, view, event.choice)
+
         on_page = partial(page.event, show=show, write=escape)
         to_file = partial(page.event, write=escape)
+        choose_example = on_page(handlers.choose_example, examples)
+        show_again = on_page(handlers.show_again, models)
+        look_inside = on_page(inside.look, models)
 
         # --- what is pressed
 
-        gr.on(
-            [start.click, prompt.submit],
-            on_page(handlers.run, models),
-            [image, more_images, prompt, checkpoint, history, *settings],
-            [figure, answers, speed, actions, record, history, past_answers],
-            # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
-            preprocess=False,
-            api_visibility="private",
-            show_progress_on=answers,  # the place in the queue shows where the answer will be
-            **TOGETHER,
-        )
+        def run_after(listen: Callable) -> None:
+            """Answer what is asked then."""
+            listen(
+                on_page(handlers.run, models),
+                [image, more_images, prompt, checkpoint, history, *settings],
+                [figure, answers, speed, actions, record, history, past_answers, *closing],
+                # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
+                preprocess=False,
+                api_visibility="private",
+                show_progress_on=answers,  # the place in the queue shows where the answer will be
+                **TOGETHER,
+            )
+
+        run_after(partial(gr.on, [start.click, prompt.submit]))
+        run_after(example.click(take_example, None, [image, more_images, prompt], **AT_ONCE).success)
         stop.click(stop_answers, **AT_ONCE)
         draw.click(handlers.draw_scene, None, image, **AT_ONCE)
+        gone = [figure, heat, speed, answers, actions, panel]
+        gr.on([image.input, draw.click], None, prompt, [prompt, *gone], js=CHANGE_PICTURE)
         gr.on([task.input, language.input], handlers.choose_task, [task, language], prompt, **AT_ONCE)
         gr.on(
             [prompt.change, checkpoint.change],
@@ -192,44 +194,32 @@ def build_page(models: Models) -> Page:
         share.click(None, [prompt, checkpoint, *settings], link, js=MAKE_LINK)
         share.click(lambda: gr.update(visible=True), None, link, **AT_ONCE)
         past_answers.click(
-            on_page(handlers.show_again, models),
-            [past_answers, history],
-            [image, more_images, prompt, figure, answers, speed, record, actions],
+            take_past_answer,
+            history,
+            [image, more_images, prompt, figure, answers, speed, record, actions, *closing],
             **AT_ONCE,
         )
+        see_inside.click(on_page(inside.toggle, models), [record, view], [*closing, *panel_parts], **LOOKING)
+        gr.on(
+            [part.click for part in (heat, *panel_parts)], look, [record, view], [view, heat, *panel_parts], **LOOKING
+        )
+        words, rivals, section, distribution = panel_parts
+        if not IS_ZERO_GPU:  # each look would ask for a GPU
+            words.select(peek, [record, view], rivals, trigger_mode="always_last", **AT_ONCE)
+        section.input(redraw, [record, view], distribution, trigger_mode="always_last", **AT_ONCE)
         # A visitor who comes while the model is being loaded sees how far it is.
         gr.on(
             [page.load, timer.tick, checkpoint.change],
             on_page(handlers.show_status, models),
             checkpoint,
-            [about, status, timer, draw],
+            [about, status, timer, draw, note],
             **AT_ONCE,
         )
+        page.load(None, js=LISTEN)
         page.load(open_link, None, [prompt, checkpoint, *settings], **AT_ONCE)
         _add_endpoints(page, models, prompt, settings)
         page.limit_queue(MAX_QUEUE_LENGTH, MAX_CLIENT_SHARE)
     return page
-
-
-def _more_pictures() -> gr.Gallery:
-    """A place for further pictures, folded away."""
-    with gr.Accordion("More pictures", open=False):
-        gr.Markdown(MORE_PICTURES)
-        sources: list[Any] = ["upload", "clipboard"]
-        return gr.Gallery(label="Further pictures", sources=sources, columns=4, height=160, elem_id="more-pictures")
-
-
-def _settings(checkpoints: list[str]) -> tuple[gr.Dropdown, list[Component]]:
-    """The checkpoint and the numbers of `SETTINGS`."""
-    with gr.Accordion("Settings", open=False):
-        checkpoint = gr.Dropdown(checkpoints, label="Checkpoint", visible=len(checkpoints) > 1, elem_id="checkpoint")
-        *ranges, seed = SETTINGS
-        sliders: list[Component] = [
-            gr.Slider(one.minimum, one.maximum, one.default, step=one.step, label=one.label, elem_id=one.name)
-            for one in ranges
-        ]
-        # A text, since an empty `gr.Number` shows and sends 0.
-        return checkpoint, [*sliders, gr.Textbox(label=seed.label, max_lines=1, max_length=19, elem_id=seed.name)]
 
 
 def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: list[Component]) -> None:
@@ -241,11 +231,15 @@ def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: lis
         language = gr.Dropdown(list(LANGUAGES), value=ENGLISH, label="Language code")
         kinds = gr.Textbox(label="What to find, such as “cat” or “cat ; dog”")
         seed = gr.Number(label=settings[-1].label, precision=0)
+        index = gr.Number(label="Which token of the answer, from 0", precision=0)
+        heads = gr.Checkbox(label="Attention of every head")
+        inside = gr.JSON(label="What the step of this token was like inside")
         text = gr.Textbox(label="The answer so far")
         marked = gr.Image(label="The picture with boxes or masks drawn on it", format="png")
         objects = gr.JSON(label="Objects: label, box [x_min, y_min, x_max, y_max] in pixels, mask as COCO run lengths")
     for handler, inputs, outputs in (
         (handlers.generate, [image, prompt, *settings[:-1], seed, more_images], [text, objects]),
+        (handlers.inspect, [image, prompt, index, *settings[:-1], seed, heads, more_images], inside),
         (handlers.caption, [image, language], text),
         (handlers.detect, [image, kinds], [marked, objects]),
         (handlers.segment, [image, kinds], [marked, objects]),

@@ -51,6 +51,23 @@ def attend(
     return attended.reshape(batch, length, -1)
 
 
+def attention_weights(
+    queries: Tensor, keys: Tensor, mask: Tensor | None = None, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """How much each position attends to each other, as `attend` weighs them; arguments as there.
+
+    Returns:
+        float32 [B, heads, T, S], which sums to 1 over S.
+    """
+    queries = queries.transpose(1, 2).unflatten(1, (keys.shape[1], -1))  # [B, kv_heads, group, T, head_dim]
+    scores = (queries @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * (scale or queries.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)
+
+
 def _attend_soft_capped(
     rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float, length: int
 ) -> Tensor:

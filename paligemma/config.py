@@ -98,6 +98,11 @@ class TextConfig:
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
 
+    @property
+    def cached_numbers(self) -> int:
+        """How many numbers the keys and values of a position are, in all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
     def has_window(self, layer: int) -> bool:
         """Whether this layer's answers attend to the sliding window only: layers 0, 2, 4 ... do, if there is one."""
         return self.sliding_window is not None and layer % 2 == 0

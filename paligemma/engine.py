@@ -9,14 +9,14 @@ others come in between.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Condition
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .config import PaliGemmaError
 from .hardware import give_back_freed_memory_later, lack_of_memory
 from .kv_cache import KVCache
 from .model import PaliGemma
+from .prefill import Prefill
 from .sequence import Closed, TokenSequence
 
 # Between two steps of the others, a prefill may take as long as this many of these steps: who is running then waits at
@@ -34,12 +35,12 @@ MAX_ROWS = 16
 # Of all slots together; a 3B checkpoint has 38 MB of keys and values for 1,024 positions, in float32.
 MAX_CACHE_BYTES = 2**30
 TEXT_POSITIONS = 768  # of a slot, after the image: the longest prompt of the page and the longest answer to it
-MAX_FEATURE_BYTES = 64 * 2**20  # a 3B checkpoint has 2 MB of features for an image of 224 pixels, in float32
 NOT_FINITE = (
     "The logits are not finite in {}; please choose the dtype bfloat16, or, if they are not in that either, fetch the "
     "checkpoint again."
 )
 SMALLEST_COMPILED_LIMIT = 512  # positions; the larger ones double
+T = TypeVar("T")
 
 
 class Engine:
@@ -51,9 +52,8 @@ class Engine:
     """
 
     def __init__(self, model: PaliGemma, rows: int = MAX_ROWS):
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.prefill = model, rows, Prefill(model)
         self._compiled_decode: Callable[..., Tensor] | None = None
-        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()  # of the latest images, the newest last
         self._reset()
 
     def _reset(self) -> None:
@@ -63,6 +63,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._changed = Condition()
         self._is_awake = False
+        self._jobs: deque[tuple[Future, Callable[[], Any]]] = deque()
         self._waiting: deque[TokenSequence] = deque()
         self._running: list[TokenSequence] = []
         self._step_seconds = self._last_step = 0.0
@@ -75,11 +76,20 @@ class Engine:
 
     def submit(self, sequence: TokenSequence) -> None:
         """Let a sequence wait for its turn."""
+        sequence.engine = self
+        self._wake_for(lambda: self._waiting.append(sequence))
+
+    def call(self, job: Callable[[], T]) -> T:
+        """Run what needs the model in the engine's thread, between two steps or layers; returns or raises what it does."""
+        future: Future[T] = Future()
+        self._wake_for(lambda: self._jobs.append((future, job)))
+        return future.result()
+
+    def _wake_for(self, add: Callable[[], None]) -> None:
         if self._process != os.getpid():
             self._reset()
-        sequence.engine = self
         with self._changed:
-            self._waiting.append(sequence)
+            add()
             self._changed.notify()
             if not self._is_awake:
                 self._is_awake = True
@@ -95,7 +105,9 @@ class Engine:
         """Work until no sequence is left."""
         while self._wait_for_work():
             try:
-                if self._has_place():
+                if self._jobs:
+                    self._do_job()
+                elif self._has_place():
                     self._prefill(self._waiting.popleft())
                 else:
                     self._step()
@@ -111,7 +123,7 @@ class Engine:
         with self._changed:
             while True:
                 self._let_go()
-                if self._has_place() or self._is_any_active():
+                if self._jobs or self._has_place() or self._is_any_active():
                     return True
                 if not self._running:
                     self._is_awake = False
@@ -124,11 +136,19 @@ class Engine:
             self._waiting.popleft()
         for row in reversed(range(len(self._running))):
             if self._running[row].is_closed:
+                self.prefill.keep(self._running[row], self._cache, row)
                 last = self._running.pop()
                 if row < len(self._running):
                     self._running[row] = last
                     self._cache.move(len(self._running), row, last.length)
                 self._cache.release(len(self._running))
+
+    def _do_job(self) -> None:
+        future, job = self._jobs.popleft()
+        try:
+            future.set_result(job())
+        except Exception as error:
+            future.set_exception(lack_of_memory(error, self.model.device))
 
     def _is_any_active(self) -> bool:
         return any(not self._is_paused(sequence) for sequence in self._running)
@@ -160,16 +180,34 @@ class Engine:
         text, dtype = self.model.config.text, self.model.dtype
         usual = self.model.config.vision.num_patches + TEXT_POSITIONS
         capacity = min(max(capacity, usual), text.max_position_embeddings)
-        position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
-        slots = max(1, min(self.rows, MAX_CACHE_BYTES // (position * capacity)))
+        slots = max(1, min(self.rows, MAX_CACHE_BYTES // (text.cached_numbers * dtype.itemsize * capacity)))
         cache = KVCache(text, slots, capacity, dtype, self.model.device)
         if self._compiled_decode is not None:
             cache.mark_static()
         return cache
 
     def _prefill(self, sequence: TokenSequence) -> None:
-        """Read images and a prompt into the first free slot, with steps of the others between the layers."""
-        slot = len(self._running)
+        """Read a sequence into the first free slot and choose its first token, unless that is there already."""
+        slot, start = len(self._running), time.perf_counter()
+        try:
+            logits = self.prefill.read(sequence, self._cache, slot, self.between_layers(sequence))
+        except Closed:
+            return
+        except Exception as error:
+            self._cache.release(slot)
+            sequence.put(lack_of_memory(error, self.model.device))
+            return
+        row = len(self._running)  # less than `slot` if somebody has left meanwhile
+        if slot != row:
+            self._cache.move(slot, row, sequence.length)
+        self._running.append(sequence)
+        if logits is not None:
+            if not sequence.answer_ids:
+                self._choose([sequence], logits)
+            sequence.prefill_seconds += time.perf_counter() - start
+
+    def between_layers(self, sequence: TokenSequence) -> Callable[[], None]:
+        """What to call after each layer of a prefill: jobs and, at times, a step of the others, not counted in its time."""
         layer_start = time.perf_counter()
 
         def after_layer() -> None:
@@ -182,34 +220,12 @@ class Engine:
             waited = now - self._last_step + (now - layer_start)
             if waited > PREFILL_SHARE * self._step_seconds and self._is_any_active():
                 self._step()
+            while self._jobs:
+                self._do_job()
             layer_start = time.perf_counter()
+            sequence.prefill_seconds -= layer_start - now
 
-        try:
-            features = torch.cat([self._image_features(one, after_layer) for one in sequence.pixel_values], dim=1)
-            input_ids = torch.tensor([sequence.input_ids], device=self.model.device)
-            logits = self.model.prefill(features, input_ids, self._cache, slot, after_layer)
-        except Closed:
-            return
-        except Exception as error:
-            self._cache.release(slot)
-            sequence.put(lack_of_memory(error, self.model.device))
-            return
-        row = len(self._running)  # less than `slot` if somebody has left meanwhile
-        if slot != row:
-            self._cache.move(slot, row, sequence.length)
-        self._running.append(sequence)
-        self._choose([sequence], logits)
-
-    def _image_features(self, pixel_values: Tensor, after_layer: Callable[[], None]) -> Tensor:
-        """The features of an image, computed unless they are among the latest ones."""
-        key = hashlib.sha256(pixel_values.numpy().data).digest(), self.model.encoder_version()
-        features = self._features.pop(key, None)
-        if features is None:
-            features = self.model.image_features(pixel_values.to(self.model.device, self.model.dtype), after_layer)
-        self._features[key] = features
-        while sum(kept.nbytes for kept in self._features.values()) > MAX_FEATURE_BYTES:
-            self._features.popitem(last=False)
-        return features
+        return after_layer
 
     def _step(self) -> None:
         """Append one token to every running sequence that is not too far ahead of its reader."""
@@ -226,7 +242,7 @@ class Engine:
             rows = min(_power_of_two(rows), len(self._cache.lengths))
             limit = min(max(_power_of_two(limit), SMALLEST_COMPILED_LIMIT), self._cache.capacity)
             torch.compiler.cudagraph_mark_step_begin()
-        last_ids = [sequence.last_id for sequence in self._running[:rows]]
+        last_ids = [sequence.answer_ids[-1] for sequence in self._running[:rows]]
         last_ids += [0] * (rows - len(last_ids))
         # A single sequence has all positions up to `limit`.
         mask = None if rows == 1 and self._compiled_decode is None else self._cache.mask(rows, limit)
@@ -238,6 +254,8 @@ class Engine:
         self._choose(sequences, logits if len(active) == rows else logits[active])
         self._last_step = time.perf_counter()
         self._step_seconds = self._last_step - start
+        for sequence in sequences:
+            sequence.step_seconds.append(self._step_seconds)
 
     def _choose(self, sequences: list[TokenSequence], logits: Tensor) -> None:
         """Give each sequence its next token, as its own sampler chooses it from its row of float [N, vocab_size]."""
@@ -249,13 +267,13 @@ class Engine:
         # The one place that waits for the device. Doubles hold every id exactly.
         chosen = torch.stack((ids.double(), probabilities.double()), dim=1).tolist()
         for sequence, (token_id, probability) in zip(sequences, chosen):
-            sequence.last_id = int(token_id)
             if math.isnan(probability):
                 sequence.put(PaliGemmaError(NOT_FINITE.format(str(self.model.weight_dtype).removeprefix("torch."))))
-            elif sequence.last_id in self.model.config.eos_token_ids:
+            elif int(token_id) in self.model.config.eos_token_ids:
                 sequence.put(None)
             else:
-                sequence.put((sequence.last_id, probability))
+                sequence.answer_ids.append(int(token_id))
+                sequence.put((int(token_id), probability))
                 if sequence.written == sequence.max_new_tokens:
                     sequence.put(None)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import PaliGemmaConfig, PaliGemmaError, is_number, shorten
 from .engine import Engine
 from .images import open_image
+from .inspection import EncoderInspection, Inspection, Inspector, WalkStep, encoder_attention
 from .mask_decoder import MaskDecoder
 from .model import PaliGemma
 from .processor import Processor, TextStream
@@ -56,23 +57,89 @@ class Answer:
     """An answer while it is made: an iterator of its tokens. Closing it ends the work within one token.
 
     The work begins when the first token is asked for, and waits for its reader when it is some tokens ahead.
+    Of the tokens that were read so far one can see inside (`inspect`), and go on from others (`branch`). That is cheap
+    once the answer is over or closed, and its keys and values are among those of the latest answers; else they are
+    computed again.
+
+    Args:
+        sequence: with the tokens that are there already, of which the last is the first to be read if its `probability`
+            is given.
     """
 
-    def __init__(self, engine: Engine, sequence: TokenSequence, text: TextStream):
-        self._engine, self._sequence, self._text = engine, sequence, text
+    def __init__(self, vlm: VisionLanguageModel, sequence: TokenSequence, probability: float | None = None):
+        self._vlm, self._sequence = vlm, sequence
+        self._text, self._given = vlm.processor.text_stream(), None
+        self._count = len(sequence.answer_ids)  # of the tokens that were read, since more may be computed
+        pieces = [self._text.push(token_id) for token_id in sequence.answer_ids]
+        if probability is not None:
+            self._given, self._count = Token(sequence.answer_ids[-1], pieces[-1], probability), self._count - 1
         self._events: Iterator[tuple[TokenSequence, tuple[int, float] | None]] | None = None
+        if sequence.max_new_tokens == 0:
+            self._events = iter(())
 
     def __iter__(self) -> Answer:
         return self
 
     def __next__(self) -> Token:
-        if self._events is None:
-            self._engine.submit(self._sequence)
-            self._events = read(self._sequence.events, [self._sequence])
-        _, event = next(self._events)
-        if event is None:
-            raise StopIteration
-        return _token(event, self._text)
+        given, self._given = self._given, None
+        if given is None:
+            if self._events is None:
+                self._vlm.engine.submit(self._sequence)
+                self._events = read(self._sequence.events, [self._sequence])
+            _, event = next(self._events)
+            if event is None:
+                raise StopIteration
+            given = _token(event, self._text)
+        self._count += 1
+        return given
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of all tokens so far; `VisionLanguageModel.resume` makes the same answer of image, prompt and these."""
+        return self._sequence.answer_ids[: self._count]
+
+    def inspect(self, index: int) -> Inspection:
+        """What the step of a token was like inside, by its number from 0.
+
+        Raises:
+            PaliGemmaError: there is no such token.
+        """
+        return self._inspector().inspect(index)
+
+    def branch(self, index: int, token_id: int, **settings: Unpack[Settings]) -> Answer:
+        """The answer that goes on from another token at `index`: an iterator of that token and those after it.
+
+        An end token ends it there.
+
+        Args:
+            settings: as for `VisionLanguageModel.stream`; max_new_tokens counts the tokens before as well.
+
+        Raises:
+            PaliGemmaError: there is no such token, or a setting cannot be used.
+        """
+        probability = self._inspector().probability(index, token_id)
+        before = self.token_ids[: int(index)]
+        if token_id in self._vlm.config.eos_token_ids:
+            return Answer(self._vlm, self._sequence.again(before))
+        ids, old = [*before, int(token_id)], self._sequence
+        sequence = self._vlm.make_sequence(old.pixel_values, old.input_ids, SimpleQueue(), ids, **settings)
+        return Answer(self._vlm, sequence, probability)
+
+    def seconds_without_cache(self) -> list[float]:
+        """How long the decoder takes for each token without keys and values from before; measured now.
+
+        Raises:
+            PaliGemmaError: the answer has no token.
+        """
+        return self._inspector().seconds_without_cache()
+
+    def walk_through(self) -> tuple[WalkStep, ...]:
+        """The seven steps from pixels to words, with this answer's own numbers.
+
+        Raises:
+            PaliGemmaError: the answer has no token.
+        """
+        return self._inspector().walk_through()
 
     def close(self) -> None:
         """Free its place; there are no more tokens."""
@@ -82,6 +149,9 @@ class Answer:
     def __del__(self) -> None:
         self.close()
 
+    def _inspector(self) -> Inspector:
+        return Inspector(self._vlm.engine, self._vlm.processor, self._sequence.again(self.token_ids))
+
 
 class AnswerBatch:
     """Answers that are made together: an iterator of each token with its prompt's number, and of None where one ends.
@@ -89,9 +159,11 @@ class AnswerBatch:
     Closing it, from whatever thread, ends the work within one token; a thread that waits for the next one has no more.
     """
 
-    def __init__(self, engine: Engine, sequences: Sequence[TokenSequence], events: Events, processor: Processor):
-        self._engine, self._sequences = engine, sequences
-        self._texts = {sequence: (number, processor.text_stream()) for number, sequence in enumerate(sequences)}
+    def __init__(self, vlm: VisionLanguageModel, sequences: Sequence[TokenSequence], events: Events):
+        self._vlm, self._sequences = vlm, sequences
+        self._numbers = {sequence: number for number, sequence in enumerate(sequences)}
+        self._texts = [vlm.processor.text_stream() for _ in sequences]
+        self._counts = [0] * len(sequences)
         self._events = read(events, sequences)
         self._is_submitted = False
 
@@ -102,10 +174,16 @@ class AnswerBatch:
         if not self._is_submitted:
             self._is_submitted = True
             for sequence in self._sequences:
-                self._engine.submit(sequence)
+                self._vlm.engine.submit(sequence)
         sequence, event = next(self._events)
-        number, text = self._texts[sequence]
-        return number, None if event is None else _token(event, text)
+        number = self._numbers[sequence]
+        self._counts[number] += event is not None
+        return number, None if event is None else _token(event, self._texts[number])
+
+    def answer(self, number: int) -> Answer:
+        """The answer to a prompt as far as it was read, to see inside it or to go on from it; it has no more tokens."""
+        sequence = self._sequences[number]
+        return Answer(self._vlm, sequence.again(sequence.answer_ids[: self._counts[number]]))
 
     def close(self) -> None:
         """Free their places; there are no more tokens."""
@@ -166,8 +244,9 @@ class VisionLanguageModel:
         Raises:
             PaliGemmaError: at the call, not at the first token, if an argument cannot be used.
         """
-        sequence = self._sequence(image, {}, SimpleQueue(), prompt, max_new_tokens, temperature, top_k, top_p, seed)
-        return Answer(self.engine, sequence, self.processor.text_stream())
+        settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        sequence = self._sequence(image, {}, SimpleQueue(), prompt, **settings)
+        return Answer(self, sequence)
 
     def stream_batch(
         self, images: Sequence[Images], prompts: Sequence[str], **settings: Unpack[Settings]
@@ -186,7 +265,40 @@ class VisionLanguageModel:
         events: Events = SimpleQueue()
         seen: dict[int, Tensor] = {}
         sequences = [self._sequence(image, seen, events, prompt, **settings) for image, prompt in zip(images, prompts)]
-        return AnswerBatch(self.engine, sequences, events, self.processor)
+        return AnswerBatch(self, sequences, events)
+
+    def resume(self, image: Images, prompt: str, token_ids: Sequence[int], **settings: Unpack[Settings]) -> Answer:
+        """An answer of which some tokens are there already, to see inside it, branch off, or read those that come next.
+
+        Nothing is computed before it is asked for, and then nothing that is still there from when the answer was made.
+
+        Args:
+            token_ids: such as those of `Answer.token_ids`.
+            settings: as for `stream`; max_new_tokens counts these tokens as well.
+
+        Raises:
+            PaliGemmaError: an argument cannot be used.
+        """
+        return Answer(self, self._sequence(image, {}, SimpleQueue(), prompt, token_ids, **settings))
+
+    def inspect_encoder(self, image: ImageSource, patch: int) -> EncoderInspection:
+        """What a patch of an image attends to in each layer of the vision encoder.
+
+        Args:
+            patch: its number, row by row from 0.
+
+        Raises:
+            PaliGemmaError: there is no such patch, or the image cannot be used.
+        """
+        vision = self.config.vision
+        if not is_number(patch, whole=True) or not 0 <= patch < vision.num_patches:
+            raise PaliGemmaError(
+                f"patch is {shorten(patch)}; please give a whole number from 0 to {vision.num_patches - 1}."
+            )
+        pixel_values = self._pixel_values(image)
+        attention = self.engine.call(lambda: encoder_attention(self.model, pixel_values, int(patch)))
+        side = vision.image_size // vision.patch_size
+        return EncoderInspection(int(patch), (side, side), attention)
 
     def generate(self, image: Images, prompt: str, **settings: Unpack[Settings]) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""
@@ -212,34 +324,54 @@ class VisionLanguageModel:
             return None
         return self.mask_decoder(torch.tensor([list(codes)]))[0].numpy()
 
-    def _sequence(
+    def make_sequence(
         self,
-        image: Images,
-        seen: dict[int, Tensor],
+        pixel_values: list[Tensor],
+        input_ids: list[int],
         events: Events,
-        prompt: str,
+        answer_ids: Sequence[int] = (),
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> TokenSequence:
-        """What the engine takes, from the arguments of `stream`, which are checked; `seen` holds images' pixel values."""
+        """What the engine takes, from the ids of a prefix, those of its answer so far, and settings, which are checked."""
         sampler = Sampler(temperature, top_k, top_p)
-        images = [image] if isinstance(image, str) or not isinstance(image, Sequence) else list(image)
-        input_ids = self.processor.input_ids(prompt, len(images))
-        longest = self.config.text.max_position_embeddings - len(input_ids)
+        longest, vocab_size = self.config.text.max_position_embeddings - len(input_ids), self.config.text.vocab_size
         if not is_number(max_new_tokens, whole=True) or not 1 <= max_new_tokens <= longest:
             raise PaliGemmaError(
                 f"max_new_tokens is {shorten(max_new_tokens)}; after this prompt please give a whole number "
                 f"from 1 to {longest}."
             )
-        generator = self._generator(seed)
+        if len(answer_ids) > longest:
+            raise PaliGemmaError(f"token_ids has {len(answer_ids)} tokens, but {longest} fit; please give fewer.")
+        for token_id in answer_ids:
+            if not is_number(token_id, whole=True) or not 0 <= token_id < vocab_size:
+                raise PaliGemmaError(
+                    f"token_ids has {shorten(token_id)}; please give whole numbers from 0 to {vocab_size - 1}."
+                )
+        left = max(0, int(max_new_tokens) - len(answer_ids))
+        return TokenSequence(pixel_values, input_ids, left, sampler, self._generator(seed), events, answer_ids)
+
+    def _sequence(
+        self,
+        image: Images,
+        seen: dict[int, Tensor],
+        events: Events,
+        prompt: str,
+        answer_ids: Sequence[int] = (),
+        **settings: Unpack[Settings],
+    ) -> TokenSequence:
+        """As `make_sequence`, from images and a prompt, which are checked; `seen` holds images' pixel values."""
+        images = [image] if isinstance(image, str) or not isinstance(image, Sequence) else list(image)
+        input_ids = self.processor.input_ids(prompt, len(images))
+        sequence = self.make_sequence([], input_ids, events, answer_ids, **settings)
         for one in images:
             if id(one) not in seen:
                 seen[id(one)] = self._pixel_values(one)
-        pixel_values = [seen[id(one)] for one in images]
-        return TokenSequence(pixel_values, input_ids, int(max_new_tokens), sampler, generator, events)
+        sequence.pixel_values = [seen[id(one)] for one in images]
+        return sequence
 
     def _pixel_values(self, image: ImageSource) -> Tensor:
         if isinstance(image, (str, os.PathLike)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,6 +68,16 @@ class KVCache:
         self.lengths[target] = length
         self.release(source)
 
+    def copy(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `length` positions in a slot, each [layers, kv_heads, length, head_dim]."""
+        return self.keys[:, slot, :, :length].clone(), self.values[:, slot, :, :length].clone()
+
+    def restore(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Put what `copy` returned into a free slot, where steps go on after it."""
+        length = keys.shape[2]
+        self.keys[:, slot, :, :length], self.values[:, slot, :, :length] = keys, values
+        self.start(slot, 1, length)
+
     def step_writer(self, rows: int, limit: int) -> Write:
         """A function that appends a position (T is 1) to each of the first `rows` slots.
 
@@ -99,3 +110,54 @@ class KVCache:
         """Tell `torch.compile` that all of this stays where it is, so that a CUDA graph copies none of it."""
         for tensor in (self.keys, self.values, self.lengths, self._starts):
             torch._dynamo.mark_static_address(tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptCache:
+    """The keys and values of an answer that is over.
+
+    key: of the images, the prefix and the weights.
+    ids: of its positions, prefix and answer.
+    keys, values: see `KVCache.copy`.
+    prefill_seconds, step_seconds: what it took to compute them, see `TokenSequence`.
+    """
+
+    key: Hashable
+    ids: list[int]
+    keys: Tensor
+    values: Tensor
+    prefill_seconds: float
+    step_seconds: list[float]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+class KeptCaches:
+    """The latest kept caches, at most `max_bytes` of them; whichever was not asked for longest goes first."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self._kept: list[KeptCache] = []  # the one that was asked for last at the end
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self._kept)
+
+    def keep(self, new: KeptCache) -> None:
+        """Add one, in place of those that are a part of it; one that is larger than all may be is not kept."""
+        if new.nbytes > self.max_bytes:
+            return
+        self._kept = [one for one in self._kept if one.key != new.key or one.ids != new.ids[: len(one.ids)]] + [new]
+        while self.nbytes > self.max_bytes:
+            del self._kept[0]
+
+    def find(self, key: Hashable, ids: Sequence[int]) -> KeptCache | None:
+        """One that begins with these ids, unless there is none any more."""
+        for one in reversed(self._kept):
+            if one.key == key and one.ids[: len(ids)] == ids:
+                self._kept.remove(one)
+                self._kept.append(one)
+                return one
+        return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from .config import PaliGemmaConfig
 from .gemma import GemmaModel
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Write
 from .siglip import SiglipVisionModel
 
 
@@ -66,9 +66,11 @@ class PaliGemma(nn.Module):
 
     def encoder_version(self) -> tuple:
         """A key that changes when a parameter of encoder or projector is replaced or written to, as by fine-tuning."""
-        parameters = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
-        # Tensors made in inference mode do not count how often they are written to.
-        return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
+        return _version((*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()))
+
+    def version(self) -> tuple:
+        """As `encoder_version`, of all parameters."""
+        return _version(self.parameters())
 
     def hidden_states(
         self,
@@ -77,8 +79,12 @@ class PaliGemma(nn.Module):
         prefix_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         first: int = 0,
+        write: Write | None = None,
+        after_layer: Callable[[], None] | None = None,
     ) -> Tensor:
-        """The decoder's last hidden states over whole rows, from the position `first` on; others as for `forward`.
+        """The decoder's last hidden states over whole rows, from the position `first` on.
+
+        Others as for `forward`, `GemmaModel` and `prefill`.
 
         Returns:
             float [B, T - first, hidden_size].
@@ -88,7 +94,7 @@ class PaliGemma(nn.Module):
         if window is not None and window < length:
             window_mask = prefix_lm_mask(length, prefix_lengths, attention_mask, window)
         embeddings = self._embed(image_features, input_ids)
-        return self.language_model(embeddings, slice(0, length), mask, window_mask, first=first)
+        return self.language_model(embeddings, slice(0, length), mask, window_mask, write, first, after_layer)
 
     def forward(
         self,
@@ -118,27 +124,28 @@ class PaliGemma(nn.Module):
         input_ids: Tensor,
         cache: KVCache,
         slot: int = 0,
+        prefix_lengths: Tensor | None = None,
         after_layer: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Read images and prompts into B slots of `cache` from `slot` on, all positions of a row attending to each other.
+        """Read images and prompts, and what of the answers is there already, into B slots of `cache` from `slot` on.
 
         Args:
             image_features: float [B, patches, hidden_size].
             input_ids: int64 [B, T], unpadded, the image placeholders first.
             cache: with a capacity of at least T positions.
+            prefix_lengths: as for `forward`; None where there is no answer yet.
             after_layer: called after each layer of the decoder but the last; steps over other slots may run meanwhile.
 
         Returns:
-            float32 [B, vocab_size], the logits of the token after the prompt.
+            float32 [B, vocab_size], the logits of the token after these.
         """
         rows, length = input_ids.shape
-        hidden_states = self.language_model(
-            self._embed(image_features, input_ids),
-            slice(0, length),
-            mask=None,
-            window_mask=None,
-            write=cache.prefill_writer(slot),
+        hidden_states = self.hidden_states(
+            image_features,
+            input_ids,
+            prefix_lengths,
             first=length - 1,
+            write=cache.prefill_writer(slot),
             after_layer=after_layer,
         )
         cache.start(slot, rows, length)
@@ -170,6 +177,11 @@ class PaliGemma(nn.Module):
     def _embed(self, image_features: Tensor, input_ids: Tensor) -> Tensor:
         text = self.language_model.embed(input_ids[:, image_features.shape[1] :])
         return torch.cat((image_features, text), dim=1)
+
+
+def _version(parameters: Iterable[nn.Parameter]) -> tuple:
+    # Tensors made in inference mode do not count how often they are written to.
+    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters)
 
 
 def prefix_lm_mask(

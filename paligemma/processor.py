@@ -110,6 +110,10 @@ class Processor:
             )
         return [self.config.image_token_id] * (images * patches) + text
 
+    def token_text(self, token_id: int) -> str:
+        """A token as the vocabulary writes it, with spaces for its `▁`; empty for an id without a token."""
+        return (self.tokenizer.id_to_token(token_id) or "").replace("▁", " ")
+
     def text_stream(self) -> TextStream:
         """A new reader of one answer's tokens."""
         return TextStream(self.tokenizer, self._control_ids)

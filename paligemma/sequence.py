@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,7 @@ class TokenSequence:
         pixel_values: of each image float32 [1, 3, image_size, image_size], on the CPU.
         input_ids: the placeholders of all images first.
         max_new_tokens: how many tokens there are at most; a token that ends the answer is none of them.
+        answer_ids: of an answer that goes on, what is there of it; only the tokens after these are handed out.
         sampler, generator: how they are chosen; the generator is on the model's device.
         events: where its tokens go to; several sequences that are read together share them.
     """
@@ -45,17 +48,36 @@ class TokenSequence:
         sampler: Sampler,
         generator: torch.Generator,
         events: Events,
+        answer_ids: Sequence[int] = (),
     ):
         self.pixel_values, self.input_ids, self.max_new_tokens = pixel_values, input_ids, max_new_tokens
         self.sampler, self.generator = sampler, generator
         self.events = events
         self.engine: Engine | None = None
-        self.length = len(input_ids)  # positions that are in the cache
-        self.capacity = len(input_ids) + max_new_tokens - 1  # at most; the last token is never read
-        self.last_id = -1  # the token that the next step appends
-        self.is_closed = self.sits_out = False
+        self.answer_ids = list(answer_ids)  # of which the next step appends the last to the cache
+        self.length = len(input_ids) + max(0, len(answer_ids) - 1)  # positions that are in the cache
+        self.capacity = len(input_ids) + len(answer_ids) + max_new_tokens - 1  # at most; the last token is never read
+        # The seconds of the prefill and of each step, in which others may have had theirs.
+        self.prefill_seconds, self.step_seconds = 0.0, list[float]()
+        self.is_closed = self.has_failed = self.sits_out = False
         # Counted apart by the thread that writes and the one that reads, so that neither needs a lock.
         self.written = self.read_count = 0
+
+    @property
+    def ids(self) -> list[int]:
+        """Of prefix and answer."""
+        return self.input_ids + self.answer_ids
+
+    @cached_property
+    def image_digests(self) -> list[bytes]:
+        """What tells each image's pixel values from others."""
+        return [hashlib.sha256(one.numpy().data).digest() for one in self.pixel_values]
+
+    def again(self, answer_ids: Sequence[int]) -> TokenSequence:
+        """One with the same prefix and these tokens of an answer, which has no more."""
+        return TokenSequence(
+            self.pixel_values, self.input_ids, 0, self.sampler, self.generator, SimpleQueue(), answer_ids
+        )
 
     def close(self) -> None:
         """Nobody waits for it any more: its slot is free at the next step, and who waits in `read` nevertheless goes on."""
@@ -68,6 +90,7 @@ class TokenSequence:
         """Hand an event to whoever reads."""
         self.written += 1
         self.is_closed |= not isinstance(event, tuple)
+        self.has_failed |= isinstance(event, BaseException) and not isinstance(event, Closed)
         self.events.put((self, event))
 
     @property

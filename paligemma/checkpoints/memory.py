@@ -42,11 +42,10 @@ def running_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
     """
     text = model.config.text
     positions = model.config.vision.num_patches + TEXT_POSITIONS
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     number = 4 if dtype == torch.int8 else dtype.itemsize
     return (
         weight_bytes(model, dtype)
-        + positions * (cached + WIDE_TENSORS * text.intermediate_size) * number
+        + positions * (text.cached_numbers + WIDE_TENSORS * text.intermediate_size) * number
         + RUNTIME_BYTES
     )
 

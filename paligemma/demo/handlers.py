@@ -12,9 +12,10 @@ import os
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from threading import Event, Lock
@@ -30,12 +31,13 @@ from ..config import PaliGemmaError, is_number, shorten
 from ..images import open_image
 from ..prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 from . import rendering
-from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models
+from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models, Tokens
 
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
     from ..scenes.painter import Painter
 
+EXAMPLES_FOLDER = Path(__file__).parent / "examples"
 MAX_PIXELS = 60_000_000
 MAX_IMAGES = 8
 MAX_PROMPTS = 8
@@ -52,14 +54,18 @@ HELD_SECONDS, MAX_HELD_SECONDS = 0.1, 30  # between two looks at that, and at mo
 MAX_READERS = 2  # images read at the same time, each of which may take half a gigabyte; others wait
 
 TASK_BY_NAME = {task.name: task for task in TASKS}
-TAGLINE = "Give it a picture and a prompt, and watch the answer arrive."
-ABOUT_EMBEDDED = (
-    "This page runs the **small checkpoint that ships with it**: it knows 125 kinds of drawn objects, and no photographs. "
-    "For those, start it with an official one: `PALIGEMMA_MODEL=google/paligemma2-3b-mix-224`."
+TAGLINE = "Ask a picture, watch the answer arrive, and see inside the model that gives it."
+ABOUT_EMBEDDED = "It runs the **small checkpoint that ships with it**."
+ABOUT_OTHER = "It runs `{}`."
+ABOUT_PHOTOGRAPHS = (
+    "A photograph? This small checkpoint has learned drawings only, of 125 kinds of things. An official one knows the "
+    "world: start the page with `PALIGEMMA_MODEL=google/paligemma2-3b-mix-224`."
 )
-ABOUT_OTHER = "This page runs `{}`."
+STORED = "A stored answer of the small checkpoint. Press **Run** to see it made."
 EMPTY_ANSWER = "An empty answer. To “detect” and “segment” it means: there is none."
 FORGOTTEN = "This answer is forgotten, since the page was started anew meanwhile; please ask again."
+SEE_INSIDE = "See inside: how did it choose each word?"
+CLOSED: dict[str, Any] = {"is_open": False, "view": {}, "heat": "", "see_inside": SEE_INSIDE}  # of the panel
 SEVERAL_PROMPTS = "*Shift + Enter: one more prompt about the same picture.*"
 
 
@@ -101,8 +107,11 @@ _readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
 T = TypeVar("T")
 
 # An answer of this visit: `path`, `url` and `size` (width, height) of its first image, `more`, the paths of others,
-# `checkpoint`, and `answers`, pairs of a prompt and the text that answers it.
+# `checkpoint`, `answers`, pairs of a prompt and the text that answers it, and the `tokens` of each.
 Record = dict[str, Any]
+# A picture that comes with the page: `picture`, its file, a `prompt`, and the `answer` of the embedded checkpoint, with the
+# `ids` and `probabilities` of its tokens.
+EXAMPLES: list[dict[str, Any]] = json.loads((EXAMPLES_FOLDER / "answers.json").read_text())
 _Found = tuple[Image.Image | None, list[dict[str, object]]]
 
 
@@ -125,12 +134,12 @@ def run(
 
     Yields:
         `speed`, a line about time; `figure` and `answers`, HTML; `is_answered`, whether there is an answer to save; at
-        the end `record`, and `history` with it.
+        the end `record`, and `history` with it, which `past_answers` shows.
     """
     opened, record = yield from open_uploads(image, more_images, meanwhile={})
     count = len(opened)
     # What was shown before goes, also if this answer is stopped.
-    yield {"figure": "", "answers": "", "speed": "", "is_answered": False}
+    yield {"figure": "", "answers": "", "speed": "", "is_answered": False} | CLOSED
     drawn: list[rendering.MarkedObject] | None = None
     answers: list[Answer] = []
     for status, answers, objects in _answer(models, checkpoint, opened, prompt, read_settings(settings)):
@@ -148,8 +157,10 @@ def run(
     if not any(answer.text or answer.is_finished for answer in answers):
         return  # stopped before it began
     record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
+    record["tokens"] = [Tokens.of(answer.tokens) for answer in answers]
     history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
-    yield {"record": record, "history": history, "is_answered": True}
+    past_answers = thumbnails("Your answers of this visit", history)
+    yield {"record": record, "history": history, "past_answers": past_answers, "is_answered": True}
 
 
 def read_settings(values: Sequence[object]) -> dict[str, Any]:
@@ -161,12 +172,32 @@ def read_settings(values: Sequence[object]) -> dict[str, Any]:
     return settings
 
 
-def show_again(models: Models, index: int, history: list[Record]) -> dict[str, Any]:
+def example_records(paths: Sequence[str]) -> list[Record]:
+    """The answers of `EXAMPLES`, as if this visit had asked for them; `paths` are those of their images as uploads."""
+    return [
+        {"path": path, "url": _url(path), "size": Image.open(path).size, "more": [], "checkpoint": EMBEDDED}
+        | {"answers": [(example["prompt"], example["answer"])], "tokens": [_tokens(example)]}
+        for path, example in zip(paths, EXAMPLES, strict=True)
+    ]
+
+
+def _tokens(example: dict[str, Any]) -> Tokens:
+    return Tokens(array("i", example["ids"]), array("f", example["probabilities"]))
+
+
+def choose_example(examples: Sequence[Record], index: int) -> dict[str, Any]:
+    """Take an example's image and prompt."""
+    if not 0 <= index < len(examples):
+        raise PaliGemmaError(f"There are {len(examples)} examples; please choose one of them.")
+    return {"image": examples[index]["path"], "more_images": [], "prompt": prompts_of(examples[index])}
+
+
+def show_again(models: Models, history: list[Record], index: int) -> dict[str, Any]:
     """Bring an earlier answer of this visit back, with its image and prompts."""
-    if index >= len(history):
+    if not 0 <= index < len(history):
         raise PaliGemmaError(FORGOTTEN)
     record = history[index]
-    _result(_open(record["path"], None))  # it may have been deleted meanwhile
+    result(_open(record["path"], None))  # it may have been deleted meanwhile
     answers, objects = _read_again(models, record)
     return {
         "image": record["path"],
@@ -177,7 +208,15 @@ def show_again(models: Models, index: int, history: list[Record]) -> dict[str, A
         "speed": "",
         "record": record,
         "is_answered": True,
+        **CLOSED,
     }
+
+
+def thumbnails(title: str, records: Iterable[Record]) -> str:
+    """Answers to choose from, as HTML; see `rendering.thumbnails_html`."""
+    return rendering.thumbnails_html(
+        title, [(record["url"], prompts_of(record).replace("\n", " · ")) for record in records]
+    )
 
 
 def prompts_of(record: Record) -> str:
@@ -187,7 +226,7 @@ def prompts_of(record: Record) -> str:
 
 def save_image(models: Models, record: Record) -> str:
     """Draw an answer's boxes and masks on its image; returns the path of the file."""
-    image = _result(_open(_path(record), None))
+    image = result(_open(_path(record), None))
     path = _new_file(record, "marked.png")
     rendering.draw(image, _read_again(models, record)[1]).save(path)
     return str(path)
@@ -195,7 +234,7 @@ def save_image(models: Models, record: Record) -> str:
 
 def save_objects(models: Models, record: Record) -> str:
     """Write an answer's objects as JSON; returns the path of the file."""
-    size = _result(_open(_path(record), None)).size
+    size = result(_open(_path(record), None)).size
     path = _new_file(record, "objects.json")
     path.write_text(json.dumps(rendering.to_json(_read_again(models, record)[1], size)))
     return str(path)
@@ -247,19 +286,19 @@ def read_link(query: Mapping[str, str], checkpoints: Sequence[str]) -> dict[str,
 
 
 def show_status(models: Models, checkpoint: str) -> dict[str, Any]:
-    """Say what a checkpoint is (`about`), how it runs (`status`), whether it `is_loading` and if it `can_draw` scenes."""
+    """Say what a checkpoint is (`about`), how it runs (`status`), whether it `is_loading` and if it `is_embedded`."""
     is_loading = models.loaded(checkpoint) is None  # before the status, so that the last one shown is of the end
     return {
         "about": about(checkpoint),
         "status": models.status(checkpoint),
         "is_loading": is_loading,
-        "can_draw": checkpoint == EMBEDDED,
+        "is_embedded": checkpoint == EMBEDDED,
     }
 
 
 def about(checkpoint: str) -> str:
-    """What the page is, and what it runs, in Markdown."""
-    return f"{TAGLINE} {ABOUT_EMBEDDED if checkpoint == EMBEDDED else ABOUT_OTHER.format(checkpoint)}"
+    """What the page runs, in Markdown."""
+    return ABOUT_EMBEDDED if checkpoint == EMBEDDED else ABOUT_OTHER.format(checkpoint)
 
 
 # --- what programs call: Gradio shows their names, parameters and descriptions
@@ -334,6 +373,54 @@ def segment(models: Models, image: object, objects: str) -> Iterator[_Found]:
     yield from _find_objects(models, image, objects, segment_prompt)
 
 
+def inspect(
+    models: Models,
+    image: object,
+    prompt: str,
+    index: int = 0,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0,
+    top_k: int = 0,
+    top_p: float = 1,
+    seed: int | None = None,
+    heads: bool = False,
+    more_images: object = None,
+) -> Iterator[dict[str, Any]]:
+    """Answer a prompt about a picture, and look inside the step that made one of its tokens; gives one dictionary at the end.
+
+    It has `text`, `tokens`, the `token` and its `rivals` with probabilities, `attention` by layer and position with the
+    `spans` of picture, prompt and answer, the `lens` (the likeliest token after each layer), the `distribution` under the
+    settings, and more.
+
+    Args:
+        image: the picture
+        prompt: one, as for `generate`
+        index: which token of the answer, from 0
+        max_new_tokens: the longest answer
+        temperature: as for `generate`, as are the next three
+        top_k: 0 is off
+        top_p: 1 is off
+        seed: a whole number
+        heads: whether the attention of each head is given, instead of their mean
+        more_images: as for `generate`
+    """
+    if len(str(prompt).strip().splitlines()) > 1:
+        raise PaliGemmaError("These are several prompts; please give one.")
+    opened, _ = yield from open_uploads(image, more_images, meanwhile={})
+    again, name = list(opened), models.names[0]
+    settings = read_settings((max_new_tokens, temperature, top_k, top_p, seed))
+    with models.use(name):
+        answer = Answer("")
+        for status, answers, _ in _answer(models, name, opened, prompt, settings):
+            if not status:
+                (answer,) = answers
+        ids = [token.id for token in answer.tokens]
+        for seen in models.look(name, again, answer.prompt, ids, "inspect", index):
+            tokens = [asdict(token) for token in answer.tokens]
+            distribution = [asdict(one) for one in seen.distribution(temperature, top_k, top_p)]
+            yield {"text": answer.text, "tokens": tokens} | seen.to_json(bool(heads)) | {"distribution": distribution}
+
+
 def _find_objects(models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]) -> Iterator[_Found]:
     """Yield the objects so far, when there are more, then the image with all drawn on it; see `rendering.to_json`."""
     if not isinstance(kinds, str):
@@ -369,7 +456,7 @@ def open_upload(image: object, meanwhile: T) -> Generator[T, None, tuple[Image.I
             "path that comes back."
         )
     opened = yield from _open(image["path"], meanwhile)
-    url = image.get("url") or f"gradio_api/file={quote(image['path'])}"
+    url = image.get("url") or _url(image["path"])
     return opened, {"path": image["path"], "url": url, "size": opened.size}
 
 
@@ -423,6 +510,11 @@ def _read(path: str, is_over: Event) -> Image.Image:
     return image
 
 
+def _url(path: str) -> str:
+    """Where the page finds an uploaded file."""
+    return f"gradio_api/file={quote(path)}"
+
+
 def _path(record: Record) -> str:
     """The image of an answer; a session that began before the server did has none."""
     if "path" not in record:
@@ -430,7 +522,7 @@ def _path(record: Record) -> str:
     return record["path"]
 
 
-def _result(steps: Generator[object, None, T]) -> T:
+def result(steps: Generator[object, None, T]) -> T:
     """What a generator returns at its end."""
     while True:
         try:
@@ -487,12 +579,12 @@ def _read_again(models: Models, record: Record) -> tuple[list[Answer], list[rend
     """The answers of a record, and their objects."""
     answers = [Answer.of(prompt, text) for prompt, text in record["answers"]]
     # A checkpoint that was unloaded meanwhile is not loaded for this: its masks are drawn as boxes.
-    vlm = models.loaded(record["checkpoint"])
+    vlm = models.loaded(record["checkpoint"]) if record["checkpoint"] in models.names else None
     return answers, rendering.mark_objects(_detections(answers), rendering.MaskCache(vlm.decode_mask if vlm else None))
 
 
 def _figure(record: Record, objects: Sequence[rendering.MarkedObject]) -> str:
-    return rendering.figure_html(record["url"], record["size"], objects) if objects else ""
+    return rendering.figure_html(record["size"], objects) if objects else ""
 
 
 def _speed(answers: Sequence[Answer], images: int) -> str:

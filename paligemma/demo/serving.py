@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
@@ -20,9 +21,9 @@ from ..config import PaliGemmaError, shorten
 from ..prompts import task_of
 
 if TYPE_CHECKING:
-    from ..generation import VisionLanguageModel
+    from ..generation import Token, VisionLanguageModel
 
-_Answering = Callable[..., Generator["list[Answer] | PaliGemmaError", None, None]]
+_Running = Callable[..., Generator[Any, None, None]]
 
 EMBEDDED = "embedded"
 STATUS_SECONDS = 0.5  # between two reports of how far the loading is
@@ -68,7 +69,7 @@ class Models:
         sources: what `paligemma.load` takes as source, None or an empty one for the embedded checkpoint.
         load: called as load(source, progress=…, make_room=…), see `paligemma.load`.
         free_memory: how many bytes a new one could take.
-        borrow_gpu: wraps the generator function that answers; on ZeroGPU, so that it runs in a process with a GPU.
+        borrow_gpu: wraps each generator function that runs a model; on ZeroGPU, so that it runs in a process with a GPU.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class Models:
         sources: Sequence[str | None],
         load: Callable[..., VisionLanguageModel],
         free_memory: Callable[[], int] | None = None,
-        borrow_gpu: Callable[[_Answering], _Answering] = lambda answering: answering,
+        borrow_gpu: Callable[[_Running], _Running] = lambda running: running,
     ):
         self._checkpoints = {source or EMBEDDED: _Checkpoint(source or None) for source in sources}
         self._load = load
         self._free_memory = free_memory or _available_memory
-        self._answering = borrow_gpu(self._answers_or_error)
+        self._answering, self._looking = borrow_gpu(self._answers_or_error), borrow_gpu(self._views_or_error)
         self._lock = Lock()
         self._loads_when_asked = True
         self._is_closing = False
@@ -165,15 +166,28 @@ class Models:
         self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer]]:
         """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
-        is_stopped = Event()  # for ZeroGPU, where the tokens are computed in another process
-        ON_STOP.get([]).append(is_stopped.set)
-        with closing(self._answering(name, images, prompts, settings)) as steps:
-            for answers in steps:
-                if isinstance(answers, PaliGemmaError):
-                    raise answers
-                yield answers
-                if is_stopped.is_set():
-                    return
+        return _until_stopped(self._answering(name, images, prompts, settings))
+
+    def look(
+        self,
+        name: str,
+        images: list[Image.Image],
+        prompt: str,
+        token_ids: Sequence[int],
+        method: str,
+        *arguments: object,
+        **settings: object,
+    ) -> Iterator[Any]:
+        """Look inside an answer with a checkpoint that is loaded and in use.
+
+        Args:
+            token_ids: those of the answer, see `VisionLanguageModel.resume`.
+            method: which one of `generation.Answer` is called, with these arguments and settings; or `inspect_encoder`.
+
+        Yields:
+            what it returns; of `branch` each token.
+        """
+        return _until_stopped(self._looking(name, images, [prompt], settings, token_ids, method, arguments))
 
     def _answers_or_error(
         self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
@@ -187,6 +201,33 @@ class Models:
         assert vlm is not None, name
         try:
             yield from answer_prompts(vlm, images, prompts, settings)
+        except PaliGemmaError as error:
+            yield error
+
+    def _views_or_error(
+        self,
+        name: str,
+        images: list[Image.Image],
+        prompts: Sequence[str],
+        settings: dict[str, Any],
+        token_ids: Sequence[int],
+        method: str,
+        arguments: Sequence[object],
+    ) -> Generator[Any, None, None]:
+        """As `_answers_or_error`, of what `look` yields."""
+        vlm = self._checkpoints[name].vlm
+        assert vlm is not None, name
+        try:
+            if method == "inspect_encoder":
+                yield vlm.inspect_encoder(images[0], *arguments)  # type: ignore[arg-type]  # it checks it
+                return
+            answer = vlm.resume(images, prompts[0], token_ids)
+            images.clear()
+            seen = getattr(answer, method)(*arguments, **settings)
+            if method == "branch":
+                yield from seen
+            else:
+                yield seen
         except PaliGemmaError as error:
             yield error
 
@@ -225,6 +266,19 @@ class Models:
             _free()
 
 
+def _until_stopped(steps: Generator[Any, None, None]) -> Iterator[Any]:
+    """What comes from a model's process, until the visitor stops it; an error among it is raised."""
+    is_stopped = Event()  # for ZeroGPU, where the tokens are computed in another process
+    ON_STOP.get([]).append(is_stopped.set)
+    with closing(steps):
+        for step in steps:
+            if isinstance(step, PaliGemmaError):
+                raise step
+            yield step
+            if is_stopped.is_set():
+                return
+
+
 def _describe(vlm: VisionLanguageModel) -> str:
     """What a model runs in and on, and why not on a GPU where there is one that torch cannot use."""
     from ..hardware import unused_gpu  # brings torch
@@ -255,12 +309,33 @@ def _free() -> None:
 
 
 @dataclass
+class Tokens:
+    """Ids of tokens, int32, and the model's own probabilities of them, float32: compact, since a visitor's are kept."""
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    probabilities: array[float] = field(default_factory=lambda: array("f"))
+
+    @classmethod
+    def of(cls, tokens: Iterable[Token]) -> Tokens:
+        """Those of an answer."""
+        kept = cls()
+        for token in tokens:
+            kept.add(token)
+        return kept
+
+    def add(self, token: Token) -> None:
+        self.ids.append(token.id)
+        self.probabilities.append(token.probability)
+
+
+@dataclass
 class Answer:
-    """One prompt's answer as it grows, with the seconds after the request at which its tokens came."""
+    """One prompt's answer as it grows: its tokens, and the seconds after the request at which they came."""
 
     prompt: str
     annotated: AnnotatedText = field(default_factory=AnnotatedText)
     text: str = ""
+    tokens: list[Token] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     is_finished: bool = False
 
@@ -270,6 +345,12 @@ class Answer:
         answer = cls(prompt, AnnotatedText(text), text, is_finished=True)
         answer.annotated.finish()
         return answer
+
+    def push(self, token: Token) -> None:
+        """Add a token."""
+        self.tokens.append(token)
+        self.text += token.text
+        self.annotated.push(token.text)
 
     @property
     def seconds_to_first_token(self) -> float | None:
@@ -311,8 +392,7 @@ def answer_prompts(
                 answer.is_finished = True
             else:
                 answer.times.append(time.perf_counter() - start)
-                answer.text += token.text
-                answer.annotated.push(token.text)
+                answer.push(token)
             yield answers
     except Exception:
         outcome = "failed"

@@ -43,8 +43,10 @@ def test_each_endpoint_has_its_documented_parameters(client):
         name: [parameter["parameter_name"] for parameter in endpoint["parameters"]]
         for name, endpoint in endpoints.items()
     }
+    settings = ["max_new_tokens", "temperature", "top_k", "top_p", "seed"]
     assert parameters == {
-        "/generate": ["image", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "more_images"],
+        "/generate": ["image", "prompt", *settings, "more_images"],
+        "/inspect": ["image", "prompt", "index", *settings, "heads", "more_images"],
         "/caption": ["image", "language"],
         "/detect": ["image", "objects"],
         "/segment": ["image", "objects"],
@@ -64,6 +66,14 @@ def test_what_is_detected_comes_as_json_beside_the_picture(client, tiny):
     found = find_detections(tiny.generate(PICTURE, "detect apple"))
     assert objects == [{"label": "apple", "box": list(one.in_pixels(*original.size)), "mask": None} for one in found]
     assert objects
+
+
+def test_a_step_is_seen_inside_as_json(client, tiny):
+    seen = client.predict(handle_file(PICTURE), "detect apple", 2, temperature=0.5, top_k=3, api_name="/inspect")
+    answer = tiny.stream(PICTURE, "detect apple", temperature=0.5, top_k=3)
+    assert seen["token"]["text"] in [token.text for token in answer]
+    assert len(seen["attention"]) == tiny.config.text.num_hidden_layers
+    assert sum(not one["is_cut_off"] for one in seen["distribution"]) == 3
 
 
 def test_what_is_segmented_has_run_lengths(serve, with_mask_decoder):
@@ -378,7 +388,7 @@ def test_an_agent_finds_the_tools_and_calls_one(serve, tiny):
 
     tools, result, refused = run_async(call())
     by_name = {tool.name.removeprefix("app_"): tool for tool in tools}
-    assert set(by_name) == {"generate", "caption", "detect", "segment"}
+    assert set(by_name) == {"generate", "inspect", "caption", "detect", "segment"}
     assert "boxes" in by_name["detect"].description
     assert by_name["detect"].inputSchema["properties"]["objects"]["description"]
     assert result.content[0].text == tiny.generate(PICTURE, "caption en")

@@ -56,7 +56,7 @@ def ask(tab, prompt):
 
 def upload(tab, path):
     tab.set_input_files("#picture input[type=file]", str(path))
-    tab.get_by_role("button", name="Remove").or_(tab.get_by_label("Clear")).first.wait_for()
+    expect(tab.locator("#picture img")).to_have_attribute("src", re.compile(re.escape(Path(path).name)))
 
 
 def set_max_new_tokens(tab, count):
@@ -70,42 +70,78 @@ def set_max_new_tokens(tab, count):
     number.press("Tab")
 
 
-def test_a_scene_is_captioned_in_the_browser(open_page, page_address, tiny):
+def choose_example(tab, prompt):
+    tab.locator("#examples").get_by_text(prompt).click()
+    expect(tab.locator(PROMPT)).to_have_value(prompt)
+
+
+def test_at_first_sight_a_stored_answer_is_there_and_said_to_be_stored(open_page, page_address):
+    tab = open_page(page_address)
+    (picture, prompt, answer), *_ = (one.values() for one in handlers.EXAMPLES)
+    expect(tab.locator("#speed")).to_contain_text("A stored answer")
+    expect(tab.locator(TEXT)).to_have_text(answer)
+    expect(tab.locator(PROMPT)).to_have_value(prompt)
+    expect(tab.locator("#picture img")).to_have_attribute("src", re.compile(picture))
+    expect(tab.locator("#figure rect.box")).to_have_count(answer.count(";") + 1)
+    expect(tab.locator("#note")).to_contain_text("drawings only")
+    assert [tab.locator("#examples button").nth(number).inner_text() for number in range(len(handlers.EXAMPLES))] == [
+        one["prompt"] for one in handlers.EXAMPLES
+    ]
+    with tab.expect_download() as download:
+        tab.click("#as-json")
+    assert len(json.loads(download.value.path().read_text())) == answer.count(";") + 1
+
+    tab.click("#zoom")
+    assert tab.locator("#stage").bounding_box() == {"x": 0, "y": 0, "width": 1280, "height": 800}
+    tab.keyboard.press("Escape")
+    assert tab.locator("#stage").bounding_box()["width"] < 1280
+
+
+def test_an_example_fills_picture_and_prompt_and_runs(open_page, page_address):
+    tab = open_page(page_address)
+    for example in handlers.EXAMPLES[1:3]:
+        choose_example(tab, example["prompt"])
+        expect(tab.locator(TEXT)).to_have_text(example["answer"], timeout=20_000)
+        expect(tab.locator("#picture img")).to_have_attribute("src", re.compile(example["picture"]))
+        expect(tab.locator("#speed")).to_have_text(FIRST_TOKEN, timeout=20_000)
+        masks = example["prompt"].startswith("segment") * (example["answer"].count(";") + 1)
+        expect(tab.locator("#figure path.mask")).to_have_count(masks)
+
+
+@pytest.mark.parametrize("event", ["drop", "paste"])
+def test_a_picture_can_be_dropped_or_pasted_anywhere_and_takes_the_old_answer_away(open_page, page_address, event):
+    tab = open_page(page_address)
+    expect(tab.locator(TEXT)).to_be_visible()
+    tab.evaluate(
+        """async ([type, bytes]) => {
+            const files = new DataTransfer();
+            files.items.add(new File([new Uint8Array(bytes)], "given.png", {type: "image/png"}));
+            const given = {bubbles: true, cancelable: true, dataTransfer: files, clipboardData: files};
+            const Kind = type === "drop" ? DragEvent : ClipboardEvent;
+            document.querySelector("#title").dispatchEvent(new Kind(type, given));
+        }""",
+        [event, list(PICTURE.read_bytes())],
+    )
+    expect(tab.locator("#picture img")).to_have_attribute("src", re.compile("given.png"), timeout=20_000)
+    expect(tab.locator(TEXT)).to_have_count(0)
+    expect(tab.locator("#figure svg")).to_have_count(0)
+    expect(tab.locator("#copy")).to_be_hidden()
+
+
+def test_tasks_write_their_prompts_which_are_run_by_button_or_enter(open_page, page_address, tiny):
     tab = open_page(page_address)
     upload(tab, PICTURE)
-    tab.click("#run")
-    expect(tab.locator("#speed")).to_have_text(FIRST_TOKEN, timeout=20_000)
-    expect(tab.locator(TEXT)).to_have_text(tiny.generate(PICTURE, "caption en"), timeout=20_000)
-
-
-def test_enter_in_the_prompt_runs(open_page, page_address, tiny):
-    tab = open_page(page_address)
-    upload(tab, PICTURE)
-    tab.locator(PROMPT).fill("answer en how many cats are there?")
-    tab.locator(PROMPT).press("Enter")
-    expected = tiny.generate(PICTURE, "answer en how many cats are there?")
-    expect(tab.locator(TEXT)).to_have_text(expected, timeout=20_000)
-
-
-def test_an_example_fills_picture_and_prompt(open_page, page_address):
-    tab = open_page(page_address)
-    tab.locator("#examples").get_by_text("detect apple ; banana").click()
-    expect(tab.locator(PROMPT)).to_have_value("detect apple ; banana")
-    expect(tab.locator("#picture img")).to_be_visible()
-    tab.click("#run")
-    expect(tab.locator("#figure rect.box").first).to_be_visible(timeout=20_000)
-
-
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_a_task_writes_its_prompt_which_can_be_run(open_page, page_address, tiny, task):
-    tab = open_page(page_address)
-    upload(tab, PICTURE)
-    tab.locator("#tasks").get_by_text(task.name, exact=True).click()
-    expect(tab.locator(PROMPT)).to_have_value(task.prompt())
-    expect(tab.locator("#hint")).to_contain_text(task.hint.split("`")[0])
-    tab.click("#run")
-    answer = tiny.generate(PICTURE, task.prompt()) or handlers.EMPTY_ANSWER
-    expect(tab.locator(TEXT)).to_have_text(answer, timeout=20_000)
+    for task in TASKS:
+        tab.locator("#tasks").get_by_text(task.name, exact=True).click()
+        expect(tab.locator(PROMPT)).to_have_value(task.prompt())
+        expect(tab.locator("#hint")).to_contain_text(task.hint.split("`")[0])
+        tab.click("#run") if task.has_language else tab.locator(PROMPT).press("Enter")
+        answer = tiny.generate(PICTURE, task.prompt()) or handlers.EMPTY_ANSWER
+        expect(tab.locator(TEXT)).to_have_text(answer, timeout=20_000)
+        expect(tab.locator("#run")).to_be_visible()
+    tab.locator(PROMPT).fill("detect cat ; dog")
+    expect(tab.get_by_label("Detect")).to_be_checked()
+    expect(tab.locator("#hint")).to_contain_text("several with ; between them")
 
 
 def test_further_pictures_are_asked_about_with_the_first_and_come_back_with_the_answer(open_page, page_address, tiny):
@@ -123,16 +159,9 @@ def test_further_pictures_are_asked_about_with_the_first_and_come_back_with_the_
     tab.locator("#more-pictures").get_by_label("Clear").click()
     tab.click("#run")
     expect(tab.locator(TEXT)).to_have_text(alone, timeout=20_000)
-    tab.locator("#history tbody tr, #history button").nth(1).click()
+    tab.locator("#history button").nth(1).click()
     expect(tab.locator("#more-pictures img")).to_be_visible()
     expect(tab.locator(TEXT)).to_have_text(both)
-
-
-def test_what_is_typed_chooses_the_task(open_page, page_address):
-    tab = open_page(page_address)
-    tab.locator(PROMPT).fill("detect cat ; dog")
-    expect(tab.get_by_label("Detect")).to_be_checked()
-    expect(tab.locator("#hint")).to_contain_text("several with ; between them")
 
 
 def test_each_line_is_a_prompt_of_its_own(open_page, page_address, tiny):
@@ -159,9 +188,11 @@ def test_objects_appear_while_the_answer_streams_and_light_up_with_their_labels(
     assert tab.locator("#figure path.mask").count() == 1
     assert "bird" in answer_in(tab)
 
-    picture, box = (tab.locator(f"#figure {part}").first.bounding_box() for part in ("img", "rect.box"))
-    assert box["x"] - picture["x"] == pytest.approx(0.25 * picture["width"], abs=3)
-    assert box["width"] == pytest.approx(0.5 * picture["width"], abs=3)
+    picture, box = (tab.locator(part).first.bounding_box() for part in ("#picture img", "#figure rect.box"))
+    side = min(picture["width"], picture["height"])
+    for start, length in (("x", "width"), ("y", "height")):
+        assert box[start] - picture[start] == pytest.approx((picture[length] - side) / 2 + side / 4, abs=3)
+        assert box[length] == pytest.approx(side / 2, abs=3)
 
     labels, marks = tab.locator("#answers .object"), tab.locator("#figure g")
     assert [labels.nth(at).get_attribute("style") for at in (0, 1)] == [
@@ -235,7 +266,7 @@ def test_a_link_opens_the_page_with_prompt_and_settings(open_page, page_address)
 
 def test_of_a_link_with_wrong_settings_the_right_ones_are_taken(open_page, page_address):
     tab = open_page(f"{page_address}?seed=1e400&top_p=nan&temperature=hot&checkpoint=another&x=1&max_new_tokens=77")
-    expect(tab.locator(PROMPT)).to_have_value("caption en")
+    expect(tab.locator(PROMPT)).to_have_value(handlers.EXAMPLES[0]["prompt"])
     tab.get_by_role("button", name="Settings ▼").click()
     expect(tab.get_by_label("number input for Max new tokens")).to_have_value("77")
     expect(tab.locator("#seed input")).to_have_value("")
@@ -257,20 +288,16 @@ def test_an_empty_seed_is_sent_as_none_and_a_typed_one_as_it_is(open_page, page_
     def open_settings():
         tab.get_by_role("button", name="Settings ▼").click()
 
-    def choose_example():
-        tab.locator("#examples").get_by_text("detect apple ; banana").click()
-        expect(tab.locator("#picture img")).to_be_visible()
-
     def open_and_record(address):
         tab = open_page(address)
         tab.on("request", lambda request: "queue/join" in request.url and sent.append(request.post_data_json["data"]))
         return tab
 
     tab = open_and_record(page_address)
-    assert seed_after(choose_example) is None
+    assert seed_after(lambda: choose_example(tab, "segment car")) is None
     assert seed_after(open_settings) is None
     assert seed_after(lambda: type_seed("5")) == 5
-    assert seed_after(choose_example) == 5
+    assert seed_after(lambda: choose_example(tab, "segment car")) == 5
     assert seed_after(lambda: type_seed("")) is None
     for query, seed in (("temperature=1", None), ("temperature=1&seed=5", 5)):
         tab = open_and_record(f"{page_address}?{query}")
@@ -309,9 +336,12 @@ def test_the_text_grows_and_stop_ends_it_within_one_token_and_keeps_it(open_page
     upload(tab, PICTURE)
     set_max_new_tokens(tab, 250)
     tab.click("#run")
+    expect(tab.locator("#run")).to_be_hidden()
     lengths = set()
     wait_until(lambda: lengths.add(len(answer_in(tab))) or len(lengths) >= 4, tab=tab)
     assert tokens_after(watched, lambda: tab.click("#stop")) <= ONE_TOKEN
+    expect(tab.locator("#stop")).to_be_hidden()
+    expect(tab.locator("#run")).to_be_visible()
     kept = answer_in(tab)
     assert kept
     tab.wait_for_timeout(500)
@@ -378,7 +408,7 @@ def test_a_file_that_is_no_picture_shows_a_sentence_and_leaves_the_page_usable(o
     expect(tab.get_by_text("notes.png is not a picture")).to_be_visible(timeout=20_000)
     assert "Traceback" not in tab.inner_text("body")
 
-    tab = open_page(page_address)
+    tab.get_by_label("Remove Image").click()
     tab.click("#run")
     expect(tab.get_by_text("There is no picture yet")).to_be_visible(timeout=20_000)
     upload(tab, PICTURE)
@@ -392,6 +422,7 @@ def test_a_sentence_is_shown_as_it_is_written(open_page, page_address):
     ask(tab, "detect <image>")
     sentence = "The prompt contains the reserved token <image>; please remove it."
     expect(tab.get_by_text(sentence)).to_be_visible(timeout=20_000)
+    expect(tab.locator("#run")).to_be_focused()
 
 
 def test_who_comes_while_the_model_loads_sees_how_far_it_is_and_is_answered(open_page, serve, tiny, monkeypatch):
@@ -406,8 +437,6 @@ def test_who_comes_while_the_model_loads_sees_how_far_it_is_and_is_answered(open
     models.start(EMBEDDED)
     tab = open_page(serve(models))
     expect(tab.locator("#status")).to_contain_text("Loading the model: Reading the weights 42%")
-    tab.click("#run")
-    expect(tab.get_by_text("There is no picture yet")).to_be_visible()
     upload(tab, PICTURE)
     tab.click("#run")
     expect(tab.locator("#speed")).to_contain_text("Reading the weights 42%", timeout=20_000)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_checkpoints import VOCABULARY, make_reference, save_reference
+from random_checkpoints import VOCABULARY
 from transformers import PaliGemmaForConditionalGeneration
 
 import paligemma
@@ -18,17 +18,6 @@ from paligemma.training.losses import prefix_lm_loss
 
 LOGITS_BOUND = 1e-4
 FAMILIES = ["gemma", "gemma2"]
-
-
-@pytest.fixture
-def load_both(tmp_path):
-    """A function that makes a reference with the given sizes and loads it with ours as well."""
-
-    def load(**sizes):
-        reference = make_reference(**sizes)
-        return reference, paligemma.load(save_reference(reference, tmp_path / "checkpoint"))
-
-    return load
 
 
 def random_rows(config, lengths, seed=0):

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
-from paligemma import PaliGemmaError, engine
+from paligemma import PaliGemmaError, prefill
 
 IMAGE = EXAMPLES / "cats.png"
 
@@ -187,7 +187,7 @@ def encoder_runs(tiny, monkeypatch):
         return image_features(pixel_values, after_layer)
 
     monkeypatch.setattr(tiny.model, "image_features", record)
-    tiny.engine._features.clear()
+    tiny.engine.prefill._features.clear()
     return runs
 
 
@@ -222,9 +222,9 @@ def test_the_features_of_the_latest_images_are_kept_within_their_bytes(tiny, enc
     image = Image.open(IMAGE).convert("RGB")
     images = {1: image, 2: ImageOps.mirror(image), 3: ImageOps.flip(image)}
     for images_kept, asked, runs in ((2, (1, 2, 1, 3, 1, 2), 4), (0.5, (1, 1), 2)):  # 3 pushes out 2, asked before 1
-        tiny.engine._features.clear()
+        tiny.engine.prefill._features.clear()
         encoder_runs.clear()
-        monkeypatch.setattr(engine, "MAX_FEATURE_BYTES", images_kept * features)
+        monkeypatch.setattr(prefill, "MAX_FEATURE_BYTES", images_kept * features)
         for number in asked:
             tiny.generate(images[number], "caption en", max_new_tokens=1)
         assert len(encoder_runs) == runs

@@ -47,8 +47,16 @@ def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny
     assert last["record"]["answers"] == answers
     assert last["history"] == [last["record"]]
     assert last["is_answered"]
+    assert image["url"] in last["past_answers"]
     assert answers[1][1] in steps[-1]["answers"]
     assert steps[-1]["speed"].startswith("First token after")
+
+
+@pytest.mark.parametrize("example", handlers.EXAMPLES, ids=lambda example: example["prompt"])
+def test_the_answers_that_come_with_the_page_are_those_of_the_embedded_checkpoint(tiny, example):
+    image = handlers.EXAMPLES_FOLDER / example["picture"]
+    answer = tiny.generate(image, example["prompt"], max_new_tokens=handlers.DEFAULT_NEW_TOKENS)
+    assert answer == example["answer"]
 
 
 def test_further_images_come_before_the_prompt_with_the_first(models, tiny, upload):
@@ -62,6 +70,45 @@ def test_further_images_come_before_the_prompt_with_the_first(models, tiny, uplo
     assert step["speed"].endswith("3 pictures, with boxes and masks on the first")
     *_, (text, _) = handlers.generate(models, image, "caption en", more_images=others)
     assert text == answer
+
+
+def test_a_step_of_an_answer_is_given_as_plain_values(models, tiny, upload):
+    image, other = upload("cats.png"), upload("music.png")
+    answer = tiny.stream([image["path"], other["path"]], "caption en")
+    tokens = list(answer)
+    *_, values = handlers.inspect(models, image, "caption en", 3, heads=True, more_images=[other])
+    assert values["text"] == "".join(token.text for token in tokens)
+    assert [token["id"] for token in values["tokens"]] == answer.token_ids
+    expected = json.loads(json.dumps(answer.inspect(3).to_json(with_heads=True)))
+    assert json.loads(json.dumps(values["attention"])) == expected["attention"]
+    assert values["token"]["id"] == tokens[3].id
+    assert values["distribution"][0]["probability"] == 1  # greedy
+
+
+def test_an_answer_that_was_shown_goes_on_from_another_token(models, tiny, upload):
+    path = upload("cats.png")["path"]
+    answer = tiny.stream(path, "caption en")
+    rival = [list(answer), answer.inspect(1).rivals[0]][1]
+    expected = list(answer.branch(1, rival.id))
+    models.get(EMBEDDED)
+    looking = models.look(EMBEDDED, [Image.open(path)], "caption en", answer.token_ids, "branch", 1, rival.id)
+    assert [token.id for token in looking] == [token.id for token in expected]
+    with pytest.raises(PaliGemmaError, match="There is no token 99"):
+        next(models.look(EMBEDDED, [Image.open(path)], "caption en", answer.token_ids, "inspect", 99))
+
+
+@pytest.mark.parametrize(
+    ("index", "prompt", "sentence"),
+    [
+        (999, "detect cat", "There is no token 999 in this answer; please give a whole number from 0 to"),
+        (None, "detect cat", "There is no token None"),
+        (0, "detect cat\nocr", "These are several prompts; please give one."),
+        (0, "", "The prompt is empty"),
+    ],
+)
+def test_a_step_that_is_not_there_gets_one_sentence(models, upload, index, prompt, sentence):
+    with pytest.raises(PaliGemmaError, match=sentence):
+        list(handlers.inspect(models, upload("cats.png"), prompt, index))
 
 
 @pytest.mark.parametrize(
@@ -94,11 +141,11 @@ def test_an_earlier_answer_comes_back_and_can_be_saved(models, upload):
     width, height = Image.open(image["path"]).size
     record = {**image, "size": (width, height), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
     record["more"] = [image["path"]]
-    shown = handlers.show_again(models, 0, [record])
+    shown = handlers.show_again(models, [record], 0)
     assert (shown["image"], shown["more_images"]) == (image["path"], record["more"])
     assert shown["prompt"] == "detect cat"
     assert "cat</b>" in shown["answers"]
-    assert image["url"] in shown["figure"]
+    assert 'data-object="0"' in shown["figure"]
     box = [width // 4, height // 4, 3 * width // 4, 3 * height // 4]
     objects = json.loads(Path(handlers.save_objects(models, record)).read_text())
     assert objects == [{"label": "cat", "box": box, "mask": None}]
@@ -114,7 +161,7 @@ def test_of_answers_from_before_a_restart_a_sentence_says_that_they_are_forgotte
         with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
             event(models, {})
     with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
-        handlers.show_again(models, 2, [])
+        handlers.show_again(models, [], 2)
 
 
 @pytest.mark.parametrize(

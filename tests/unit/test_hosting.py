@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 import app
 from paligemma import PaliGemmaError
 from paligemma.demo import hosting
+from paligemma.demo.handlers import EXAMPLES
 from paligemma.demo.serving import Models
 
 
@@ -41,7 +42,7 @@ def test_the_examples_of_the_page_are_not_deleted(tiny):
         examples = app.build_page(Models([None], lambda source, **_: tiny)).own_files()
         (folder / "upload.png").touch()
         hosting.delete_old_files(folder, -1, examples)
-        assert sorted(Path(path).name for path in examples) == sorted(name for name, _ in app.EXAMPLES)
+        assert sorted(Path(path).name for path in examples) == sorted(example["picture"] for example in EXAMPLES)
         assert all(os.path.exists(path) for path in examples)
         assert not (folder / "upload.png").exists()
 

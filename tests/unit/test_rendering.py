@@ -7,10 +7,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image, ImageChops, ImageColor, ImageDraw
 
 from paligemma.annotations import Detection
-from paligemma.demo.rendering import COLORS, MaskCache, answers_html, draw, figure_html, mark_objects, to_json
+from paligemma.demo.rendering import (
+    COLORS,
+    Mask,
+    MaskCache,
+    answers_html,
+    draw,
+    figure_html,
+    mark_objects,
+    thumbnails_html,
+    to_json,
+)
 from paligemma.demo.serving import Answer
 
 LEFT_HALF = np.where(np.arange(64) < 32, 1.0, -1.0).astype(np.float32)[None].repeat(64, 0)
@@ -86,14 +96,15 @@ def test_labels_and_marks_carry_the_same_number_and_color(masks):
     objects = mark_objects(found, masks)
     pattern = r'data-object="(\d)"[^>]*--color: (#\w+)'
     labels = re.findall(pattern, answers_html(answers, objects, "none"))
-    marks = re.findall(pattern, figure_html("file=cat.png", (400, 200), objects))
+    marks = re.findall(pattern, figure_html((400, 200), objects))
     assert labels == marks == [(str(number), COLORS[number]) for number in range(3)]
 
 
 def test_what_people_and_models_write_is_no_markup(masks):
     answers = [Answer.of("<b>", "<script> & <loc0256><loc0256><loc0768><loc0768> c&t")]
     objects = mark_objects(answers[0].annotated.detections, masks)
-    html = answers_html(answers, objects, "none") + figure_html('x" onerror="y', (4, 4), objects)
+    html = answers_html(answers, objects, "none") + figure_html((4, 4), objects)
+    html += thumbnails_html("a & b", [('x" onerror="y', "<script>")])
     assert "<script" not in html
     assert "<code><b>" not in html
     assert "c&amp;t" in html
@@ -120,3 +131,38 @@ def test_the_masks_of_a_growing_answer_are_decoded_and_outlined_once():
 def test_objects_of_an_unfinished_answer_travel_without_masks(masks):
     objects = mark_objects([CAT, DOG], masks)
     assert [one["mask"] for one in to_json(objects, (400, 200), with_masks=False)] == [None, None]
+
+
+def polygons(mask):
+    """The border of a mask, drawn as an image of 64 * 8 pixels on a side."""
+    drawn = Image.new("1", (512, 512))
+    for line in mask.outline.split("z")[:-1]:
+        points = [tuple(8 * float(one) for one in point.split(",")) for point in line.removeprefix("M").split()]
+        other = Image.new("1", drawn.size)
+        ImageDraw.Draw(other).polygon(points, fill=1)
+        drawn = ImageChops.logical_xor(drawn, other)
+    return np.asarray(drawn)
+
+
+def test_an_outline_encloses_what_is_inside_without_steps():
+    rows, columns = np.mgrid[:64, :64]
+    radius = np.hypot(rows - 31.5, columns - 31.5)
+    ring = np.minimum(28 - radius, radius - 10).astype(np.float32)
+    fine_rows, fine_columns = np.mgrid[:512, :512]
+    fine = np.hypot(fine_rows - 255.5, fine_columns - 255.5) / 8
+    wrong = polygons(Mask(ring)) != ((fine < 28) & (fine > 10))
+    assert wrong.mean() < 0.01
+    assert polygons(Mask(np.ones((64, 64), np.float32))).mean() > 0.98, "up to the border of the box"
+    assert Mask(-np.ones((64, 64), np.float32)).outline == ""
+
+
+@pytest.mark.parametrize("label", ["cat", "a name that is much longer than its box, and than the image"])
+@pytest.mark.parametrize("box", [(0, 0, 0.1, 0.1), (0.9, 0.9, 1, 1), (0, 0.95, 1, 1), (0.5, 0, 0.6, 1)])
+def test_a_name_stays_inside_the_image(masks, box, label):
+    objects = mark_objects([Detection(label, box)], masks)
+    number = r'="(-?[\d.]+)"'
+    pattern = rf'<rect class="name" x{number} y{number} width{number} height{number}'
+    x, y, width, height = map(float, re.search(pattern, figure_html((400, 300), objects)).groups())
+    assert min(x, y) >= 0
+    assert x + width <= 400.1
+    assert y + height <= 300.1

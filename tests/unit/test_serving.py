@@ -140,7 +140,7 @@ def test_prompts_are_answered_together_and_the_image_is_encoded_once(tiny, monke
     monkeypatch.setattr(
         tiny.model, "image_features", lambda *arguments: encoded.append(1) or image_features(*arguments)
     )
-    tiny.engine._features.clear()
+    tiny.engine.prefill._features.clear()
     prompts = ["caption en", "detect cat"]
     steps = [
         [(answer.text, answer.is_finished) for answer in answers]

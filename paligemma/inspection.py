@@ -1,0 +1,564 @@
+"""What a step of an answer was like inside, worked out by replaying that step: `Inspection` and its parts.
+
+    answer = vlm.stream(image, "detect cat")
+    text = "".join(token.text for token in answer)
+    seen = answer.inspect(0)          # of the first token: rivals, attention, logit lens, cache
+    other = answer.branch(0, seen.rivals[0].id)
+
+Nothing is recorded while an answer is made. Arrays are NumPy's, float32.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .attention import attention_weights
+from .config import PaliGemmaError, TextConfig, is_number, shorten
+from .engine import Engine
+from .gemma import GemmaAttention, GemmaModel, rotate
+from .kv_cache import KeptCache
+from .model import PaliGemma
+from .processor import Processor
+from .sampling import Sampler
+from .sequence import TokenSequence
+from .siglip import SiglipVisionModel, VisionAttention, VisionEmbeddings
+
+RIVALS, CANDIDATES = 5, 50
+SHOWN_NUMBERS = 6  # of a tensor in a step of the walk
+IMAGE, PROMPT, ANSWER = "image", "prompt", "answer"
+FULL, CAUSAL, NOTHING = "full", "causal", "nothing"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that a step could choose.
+
+    id, text: its number and how the vocabulary writes it, such as `<loc0123>`, `<eos>` or ` cat`.
+    logit: the model's, after the last soft-cap.
+    probability: the model's own, or under the settings of a `Distribution`.
+    is_cut_off: whether top-k or top-p leaves it out; its probability is then 0.
+    """
+
+    id: int
+    text: str
+    logit: float
+    probability: float
+    is_cut_off: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions from `start` to before `end`, of an image, the prompt, or the answer: `kind` is one of these words."""
+
+    kind: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class MaskBlock:
+    """Which positions of `columns` those of `rows` attend to: all (`full`), those up to themselves (`causal`), `nothing`."""
+
+    rows: Span
+    columns: Span
+    kind: str
+
+
+@dataclass(frozen=True)
+class LensEntry:
+    """The likeliest token if the decoder ended after layer `layer` (from 0): its last norm and output layer come next."""
+
+    layer: int
+    id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What the cache holds at a step, and what it saved in the answer up to that step.
+
+    positions: whose keys and values the step reads, its own included.
+    bytes: of these keys and values.
+    bytes_without_groups: if every query head had a key/value head of its own.
+    prefill_seconds: of the prefix; None where it was not computed for this answer, as in a branch.
+    step_seconds: of each decode step of the answer, which may have served others as well.
+    operations, operations_without_cache: multiply-adds in the decoder for all tokens up to this one.
+    """
+
+    positions: int
+    bytes: int
+    bytes_without_groups: int
+    prefill_seconds: float | None
+    step_seconds: tuple[float, ...]
+    operations: int
+    operations_without_cache: int
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What a token's step was like inside.
+
+    index: which token of the answer, from 0.
+    token: the one that was chosen; `rivals`: the five likeliest others, the likeliest first.
+    candidates: the `CANDIDATES` likeliest tokens of all, the likeliest first.
+    position: the one that attends, whose output is the token.
+    attention: float32 [layers, heads, position + 1], how much each head of each layer attends to each position; sums to 1.
+    spans: the positions of each image, of the prompt, and of the answer before the token (none for the first).
+    grid: rows and columns of an image's patches, which fill its span row by row.
+    shares: of the attention, mean of all layers and heads, on images, prompt and answer, by these words.
+    lens: after each layer; the last is what the model itself finds likeliest.
+    mask: of the whole answer, as blocks, from top to bottom and from left to right.
+    window: how many positions up to itself an answer's position attends to in layers 0, 2, 4 ..., see `TextConfig`.
+    cache: positions, bytes and times.
+    logits: float32 [vocab_size], for `distribution`.
+    texts: of each position after the images, how the vocabulary writes it: the prompt, then the answer before the token.
+    """
+
+    index: int
+    token: Candidate
+    rivals: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
+    position: int
+    attention: np.ndarray
+    spans: tuple[Span, ...]
+    grid: tuple[int, int]
+    shares: dict[str, float]
+    lens: tuple[LensEntry, ...]
+    mask: tuple[MaskBlock, ...]
+    window: int | None
+    cache: CacheFacts
+    logits: np.ndarray
+    texts: tuple[str, ...]
+
+    def heat_map(self, layer: int | None = None, head: int | None = None, image: int = 0) -> np.ndarray:
+        """Attention to the patches of an image, float32 [rows, columns]; None: the mean of layers, or of heads."""
+        layers = self.attention if layer is None else self.attention[layer : layer + 1]
+        heads = layers if head is None else layers[:, head : head + 1]
+        span = [span for span in self.spans if span.kind == IMAGE][image]
+        return heads.mean(axis=(0, 1))[span.start : span.end].reshape(self.grid)
+
+    def distribution(
+        self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, count: int = 20
+    ) -> tuple[Candidate, ...]:
+        """The `count` likeliest tokens with their probabilities under other settings, those cut off included.
+
+        Args:
+            count: at most `CANDIDATES`.
+
+        Raises:
+            PaliGemmaError: a setting is out of its range, see `Sampler`.
+        """
+        ids = [candidate.id for candidate in self.candidates[:count]]
+        probabilities = Sampler(temperature, top_k, top_p).distribution(torch.from_numpy(self.logits)[None])[0, ids]
+        return tuple(
+            replace(candidate, probability=probability, is_cut_off=probability == 0)
+            for candidate, probability in zip(self.candidates, probabilities.tolist())
+        )
+
+    def to_json(self, with_heads: bool = False) -> dict[str, Any]:
+        """All but the logits as plain values; of the attention the mean of the heads of each layer, or every head."""
+        attention = self.attention if with_heads else self.attention.mean(axis=1)
+        values = asdict(self) | {"attention": attention.round(6).tolist()}
+        del values["logits"]
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderInspection:
+    """What a patch attends to in the vision encoder.
+
+    patch: its number, row by row from 0.
+    grid: rows and columns of the patches.
+    attention: float32 [layers, heads, patches], which sums to 1.
+    """
+
+    patch: int
+    grid: tuple[int, int]
+    attention: np.ndarray
+
+    def heat_map(self, layer: int | None = None, head: int | None = None) -> np.ndarray:
+        """Attention to the patches, float32 [rows, columns]; None: the mean of layers, or of heads."""
+        layers = self.attention if layer is None else self.attention[layer : layer + 1]
+        heads = layers if head is None else layers[:, head : head + 1]
+        return heads.mean(axis=(0, 1)).reshape(self.grid)
+
+
+@dataclass(frozen=True)
+class WalkStep:
+    """One of the seven steps from pixels to words, with the numbers of this very image.
+
+    name: patches, embeddings, encoder, projector, prefix, prefill or decode.
+    text: what happens, in a sentence or two, with sizes and numbers.
+    shape: of what comes out.
+    values: its first few numbers.
+    file, line, function: where it happens, the file from the project's folder on.
+    """
+
+    name: str
+    text: str
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+    file: str
+    line: int
+    function: str
+
+
+class Inspector:
+    """Looks inside an answer that is over.
+
+    Whatever it asks the model is computed in the engine's thread, from the answer's keys and values, which are read again
+    where they are not kept any more.
+
+    Args:
+        sequence: with all of the answer in its `answer_ids`, and not submitted.
+    """
+
+    def __init__(self, engine: Engine, processor: Processor, sequence: TokenSequence):
+        self._engine, self._processor, self._sequence = engine, processor, sequence
+        self._model, self._prefix = engine.model, len(sequence.input_ids)
+
+    def inspect(self, index: int) -> Inspection:
+        """See `Answer.inspect`."""
+        replayed, kept = self._replay(index)
+        text, ids = self._model.config.text, self._sequence.ids
+        position = self._prefix + index - 1
+        logits = torch.from_numpy(replayed.logits)
+        likeliest = logits.topk(min(CANDIDATES, len(logits))).indices.tolist()
+        chosen, *candidates = self._candidates([ids[position + 1], *likeliest], logits)
+        spans = self._spans(position + 1)
+        mean = replayed.attention.mean(axis=(0, 1))
+        shares = {kind: 0.0 for kind in (IMAGE, PROMPT, ANSWER)}
+        for span in spans:
+            shares[span.kind] += float(mean[span.start : span.end].sum())
+        side = self._model.config.vision.image_size // self._model.config.vision.patch_size
+        lens = zip(replayed.lens_ids, replayed.lens_probabilities)
+        return Inspection(
+            index=index,
+            token=chosen,
+            rivals=tuple(one for one in candidates if one.id != chosen.id)[:RIVALS],
+            candidates=tuple(candidates),
+            position=position,
+            attention=replayed.attention,
+            spans=spans,
+            grid=(side, side),
+            shares=shares,
+            lens=tuple(
+                LensEntry(layer, token_id, self._processor.token_text(token_id), probability)
+                for layer, (token_id, probability) in enumerate(lens)
+            ),
+            mask=mask_blocks(self._spans(len(ids))),
+            window=text.sliding_window,
+            cache=self._cache_facts(index, kept),
+            logits=replayed.logits,
+            texts=tuple(self._processor.token_text(one) for one in ids[self._images_end : position + 1]),
+        )
+
+    def probability(self, index: int, token_id: int) -> float:
+        """The model's own probability of any token at a step."""
+        if not is_number(token_id, whole=True) or not 0 <= token_id < self._model.config.text.vocab_size:
+            raise PaliGemmaError(
+                f"token_id is {shorten(token_id)}; please give a whole number from 0 to "
+                f"{self._model.config.text.vocab_size - 1}."
+            )
+        logits = torch.from_numpy(self._replay(index)[0].logits)
+        return logits.softmax(dim=-1)[int(token_id)].item()
+
+    def seconds_without_cache(self) -> list[float]:
+        """See `Answer.seconds_without_cache`."""
+        self._check(0)
+        ends = range(self._prefix, len(self._sequence.ids))
+        return [self._engine.call(partial(self._time_whole, end)) for end in ends]
+
+    def walk_through(self) -> tuple[WalkStep, ...]:
+        """See `Answer.walk_through`."""
+        self._check(0)
+        return self._engine.call(lambda: _walk(self._model, self._processor, self._sequence, self._recall()))
+
+    @property
+    def _images_end(self) -> int:
+        return len(self._sequence.pixel_values) * self._model.config.vision.num_patches
+
+    def _spans(self, end: int) -> tuple[Span, ...]:
+        """Of the first `end` positions."""
+        patches = self._model.config.vision.num_patches
+        images = [Span(IMAGE, start, start + patches) for start in range(0, self._images_end, patches)]
+        prompt = Span(PROMPT, self._images_end, self._prefix)
+        return (*images, prompt, *([Span(ANSWER, self._prefix, end)] if end > self._prefix else []))
+
+    def _candidates(self, ids: list[int], logits: Tensor) -> list[Candidate]:
+        probabilities = logits.softmax(dim=-1)[ids].tolist()
+        return [
+            Candidate(token_id, self._processor.token_text(token_id), logit, probability)
+            for token_id, logit, probability in zip(ids, logits[ids].tolist(), probabilities)
+        ]
+
+    def _recall(self) -> KeptCache:
+        sequence = self._sequence
+        return self._engine.prefill.recall(sequence, self._engine.between_layers(sequence))
+
+    def _check(self, index: int) -> None:
+        """Refuse a token that is not there."""
+        answered = len(self._sequence.answer_ids)
+        if not answered:
+            raise PaliGemmaError("This answer has no token to look inside of; please ask something else.")
+        if not is_number(index, whole=True) or not 0 <= index < answered:
+            raise PaliGemmaError(
+                f"There is no token {shorten(index)} in this answer; please give a whole number from 0 to {answered - 1}."
+            )
+
+    def _replay(self, index: int) -> tuple[_Replayed, KeptCache]:
+        self._check(index)
+        ids, end = self._sequence.ids, self._prefix + int(index)
+
+        def job() -> tuple[_Replayed, KeptCache]:
+            kept = self._recall()
+            return replay(self._model, kept, ids[:end], self._prefix), kept
+
+        replayed, kept = self._engine.call(job)
+        if not np.isfinite(replayed.logits).all():
+            raise PaliGemmaError("The logits of this step are not finite; please choose the dtype bfloat16.")
+        return replayed, kept
+
+    def _cache_facts(self, index: int, kept: KeptCache) -> CacheFacts:
+        text, positions = self._model.config.text, self._prefix + index
+        size = positions * text.cached_numbers * self._model.dtype.itemsize
+        lengths = range(self._prefix, positions + 1)
+        whole = [operations(text, length, length) for length in lengths]
+        return CacheFacts(
+            positions=positions,
+            bytes=size,
+            bytes_without_groups=size * text.num_attention_heads // text.num_key_value_heads,
+            prefill_seconds=kept.prefill_seconds,
+            step_seconds=tuple(kept.step_seconds[: len(self._sequence.answer_ids) - 1]),
+            operations=whole[0] + sum(operations(text, 1, length) for length in lengths[1:]),
+            operations_without_cache=sum(whole),
+        )
+
+    def _time_whole(self, end: int) -> float:
+        """Seconds of the decoder over the first `end` positions at once, whose last gives the next token."""
+        features = self._engine.prefill.image_features(self._sequence)
+        device = self._model.device
+        input_ids = torch.tensor([self._sequence.ids[:end]], device=device)
+        start = time.perf_counter()
+        hidden_states = self._model.hidden_states(
+            features, input_ids, torch.tensor([self._prefix], device=device), first=end - 1
+        )
+        self._model.logits(hidden_states)[0, 0].argmax().item()  # waits for the device
+        return time.perf_counter() - start
+
+
+class _Replayed(NamedTuple):
+    """A step: float32 logits [vocab_size] and attention [layers, heads, positions], and the logit lens."""
+
+    logits: np.ndarray
+    attention: np.ndarray
+    lens_ids: list[int]
+    lens_probabilities: list[float]
+
+
+def replay(model: PaliGemma, kept: KeptCache, ids: list[int], prefix: int) -> _Replayed:
+    """Repeat the step that read the last of `ids`, from the keys and values of the others; in the engine's thread.
+
+    Where that is the prefix's last position, the one before it is read again as well: int8 layers compute the last of
+    several positions more exactly than a single one.
+
+    Args:
+        kept: of at least all positions but those that are read.
+        ids: of prefix and answer up to the position that is asked for.
+        prefix: how many of them are prefix.
+    """
+    end, decoder, text = len(ids), model.language_model, model.config.text
+    start = end - 1 if end > prefix else end - 2
+    window_mask = None
+    if end > prefix and text.sliding_window is not None:
+        window_mask = (torch.arange(end, device=model.device) > end - 1 - text.sliding_window)[None, None, None]
+    hidden_states: list[Tensor] = []
+    attention: list[Tensor] = []
+    all_keys: list[Tensor] = []
+
+    def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        all_keys.append(torch.cat((kept.keys[layer, None, :, :start], keys), dim=2))
+        return all_keys[-1], torch.cat((kept.values[layer, None, :, :start], values), dim=2)
+
+    def after_attention(module: GemmaAttention, given: tuple, _attended: Tensor) -> None:
+        states, (cos, sin), mask, _, first = given
+        queries = module.q_proj(states[:, first:]).unflatten(-1, (-1, module.head_dim))
+        queries = rotate(queries, cos[first:], sin[first:])[:, -1:]
+        attention.append(attention_weights(queries, all_keys[-1], mask, module.scale, module.softcap)[0, :, 0])
+
+    def after_layer(_: nn.Module, __: tuple, output: Tensor) -> None:
+        hidden_states.append(output[0, -1])
+
+    attentions = [layer.get_submodule("self_attn") for layer in decoder.layers]
+    with _hooked(attentions, after_attention), _hooked(decoder.layers, after_layer):
+        embeddings = decoder.embed(torch.tensor([ids[start:]], device=model.device))
+        decoder(embeddings, slice(start, end), None, window_mask, write, first=end - start - 1)
+    lens = model.logits(decoder.norm(torch.stack(hidden_states)))  # [layers, vocab_size]
+    logits, lens_ids = lens.max(dim=-1)
+    return _Replayed(
+        lens[-1].cpu().numpy(),
+        torch.stack(attention).float().cpu().numpy(),
+        lens_ids.tolist(),
+        (logits - lens.logsumexp(dim=-1)).exp().tolist(),
+    )
+
+
+def encoder_attention(model: PaliGemma, pixel_values: Tensor, patch: int) -> np.ndarray:
+    """What a patch attends to in each layer of the vision encoder, float32 [layers, heads, patches]."""
+    attention: list[Tensor] = []
+
+    def after_attention(module: VisionAttention, given: tuple, _: Tensor) -> None:
+        (states,) = given
+        queries, keys = (
+            project(states).unflatten(-1, (module.num_heads, -1)) for project in (module.q_proj, module.k_proj)
+        )
+        attention.append(attention_weights(queries[:, patch, None], keys.transpose(1, 2))[0, :, 0])
+
+    layers = model.vision_tower.encoder["layers"].children()
+    with _hooked((layer.get_submodule("self_attn") for layer in layers), after_attention):
+        model.vision_tower(pixel_values.to(model.device, model.dtype))
+    return torch.stack(attention).float().cpu().numpy()
+
+
+def mask_blocks(spans: tuple[Span, ...]) -> tuple[MaskBlock, ...]:
+    """The prefix-LM mask of a sequence with these spans: images and prompt see each other, the answer all before itself."""
+
+    def kind(rows: Span, columns: Span) -> str:
+        if columns.kind != ANSWER:
+            return FULL
+        return CAUSAL if rows.kind == ANSWER else NOTHING
+
+    return tuple(MaskBlock(rows, columns, kind(rows, columns)) for rows in spans for columns in spans)
+
+
+def operations(text: TextConfig, positions: int, attended: int) -> int:
+    """Multiply-adds of the decoder to read some positions, each of which attends to `attended`, and choose a token.
+
+    Counted are the matrix products. In the last layer only the last position is computed beyond its keys and values.
+    """
+    queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+    cached = 2 * text.hidden_size * keys
+    others = 2 * text.hidden_size * queries + 3 * text.hidden_size * text.intermediate_size + 2 * queries * attended
+    full, layers = positions * (cached + others), text.num_hidden_layers
+    return (layers - 1) * full + positions * cached + others + text.hidden_size * text.vocab_size
+
+
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Calls `hook(module, inputs, output)` after each of the modules."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _walk(model: PaliGemma, processor: Processor, sequence: TokenSequence, kept: KeptCache) -> tuple[WalkStep, ...]:
+    vision, text, prefix = model.config.vision, model.config.text, len(sequence.input_ids)
+    side, images = vision.image_size // vision.patch_size, len(sequence.pixel_values)
+    pixel_values = sequence.pixel_values[0].to(model.device, model.dtype)
+    patches = (
+        pixel_values[0].unfold(1, vision.patch_size, vision.patch_size).unfold(2, vision.patch_size, vision.patch_size)
+    )
+    embedded = model.vision_tower.embeddings(pixel_values)[0]
+    encoded = model.vision_tower(pixel_values)[0]
+    projected = model.multi_modal_projector["linear"](encoded)
+    words = model.language_model.embed(
+        torch.tensor(sequence.input_ids[images * vision.num_patches :], device=model.device)
+    )
+    first, second = (replay(model, kept, sequence.ids[:end], prefix) for end in (prefix, prefix + 1))
+    read = processor.token_text(sequence.answer_ids[0])
+    kept_bytes = prefix * text.cached_numbers * model.dtype.itemsize
+
+    def likeliest(step: _Replayed) -> str:
+        return f"The likeliest is “{processor.token_text(step.lens_ids[-1])}”, with probability {step.lens_probabilities[-1]:.3f}."
+
+    def step(
+        name: str, sentence: str, shape: tuple[int, ...], values: Tensor | np.ndarray, function: Callable
+    ) -> WalkStep:
+        numbers = torch.as_tensor(values).flatten()[:SHOWN_NUMBERS].tolist()
+        file = Path(inspect.getsourcefile(function) or "").relative_to(Path(__file__).parents[1])
+        line = inspect.getsourcelines(function)[1]
+        return WalkStep(name, sentence, shape, tuple(numbers), file.as_posix(), line, function.__qualname__)
+
+    return (
+        step(
+            "patches",
+            f"The image becomes {vision.image_size} × {vision.image_size} pixels with values from -1 to 1 and is cut into "
+            f"{side} × {side} patches of {vision.patch_size} × {vision.patch_size}: {vision.num_patches} patches of "
+            f"{3 * vision.patch_size**2} numbers. The mean of this image is {pixel_values.mean():.3f}.",
+            (vision.num_patches, 3 * vision.patch_size**2),
+            patches.permute(1, 2, 0, 3, 4),
+            Processor.pixel_values,
+        ),
+        step(
+            "embeddings",
+            f"A matrix makes {vision.hidden_size} numbers of each patch, and a learned vector for its place is added. Two "
+            f"patches have a cosine of {_mean_cosine(embedded):.3f} in the mean.",
+            tuple(embedded.shape),
+            embedded,
+            VisionEmbeddings.forward,
+        ),
+        step(
+            "encoder",
+            f"In {vision.num_hidden_layers} layers, with {vision.num_attention_heads} heads each, every patch attends to "
+            f"every patch. Then the mean cosine of two patches is {_mean_cosine(encoded):.3f}.",
+            tuple(encoded.shape),
+            encoded,
+            SiglipVisionModel.forward,
+        ),
+        step(
+            "projector",
+            f"One matrix takes each patch from {vision.hidden_size} to {text.hidden_size} numbers, the decoder's width: "
+            f"{vision.num_patches} positions that the decoder reads as it reads words.",
+            tuple(projected.shape),
+            projected,
+            PaliGemma.image_features,
+        ),
+        step(
+            "prefix",
+            f"{images * vision.num_patches} positions of {'the image' if images == 1 else f'{images} images'} come first, then "
+            f"{len(words)} of <bos>, the prompt and a line end, whose embeddings are multiplied by √{text.hidden_size} = "
+            f"{text.hidden_size**0.5:.2f}: {prefix} positions.",
+            (prefix, text.hidden_size),
+            words,
+            GemmaModel.embed,
+        ),
+        step(
+            "prefill",
+            f"All {prefix} positions go through {text.num_hidden_layers} layers at once, each attending to all others. Their "
+            f"keys and values, {kept_bytes:,} bytes, stay in the cache; the last position gives a number for each of "
+            f"{text.vocab_size:,} tokens. {likeliest(first)}",
+            first.logits.shape,
+            first.logits,
+            PaliGemma.prefill,
+        ),
+        step(
+            "decode",
+            f"The token “{read}” goes through the layers alone, attends to the {prefix} positions in the cache and to itself, "
+            f"and gives the numbers of the next token. {likeliest(second)}",
+            second.logits.shape,
+            second.logits,
+            PaliGemma.decode,
+        ),
+    )
+
+
+def _mean_cosine(features: Tensor) -> float:
+    """Of two different rows of float [N, width]."""
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    count = len(unit)
+    return ((unit.sum(dim=0).square().sum() - count) / (count * (count - 1))).item()
