@@ -22,7 +22,7 @@ from gradio.components import Component
 from starlette.middleware import Middleware
 
 import paligemma
-from paligemma.demo import handlers, hosting, rendering
+from paligemma.demo import handlers, hosting, monitoring, rendering
 from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.scripts import COPY_TEXT, DOWNLOAD, MAKE_LINK
@@ -281,11 +281,14 @@ def _serve(arguments: argparse.Namespace, uploads: Path, ending: threading.Event
         models.load_all()
     page = build_page(models)
     examples = page.own_files()
-    settings = dict(LAUNCH_SETTINGS)
+    settings, of_app = dict(LAUNCH_SETTINGS), dict(LAUNCH_SETTINGS["app_kwargs"])
+    settings["app_kwargs"] = of_app
     if arguments.auth:
         settings["auth"] = hosting.Password(*arguments.auth).check
-        middleware = [*settings["app_kwargs"]["middleware"], Middleware(hosting.OwnPagesOnly)]
-        settings["app_kwargs"] = {**settings["app_kwargs"], "middleware": middleware}
+        of_app["middleware"] = [*of_app["middleware"], Middleware(hosting.OwnPagesOnly)]
+    of_app["routes"] = [monitoring.health_route(models)]
+    if arguments.metrics:
+        of_app["routes"].append(monitoring.Metrics(models, page).route(settings.get("auth")))
     try:
         page.launch(
             server_name=arguments.host,
@@ -322,6 +325,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="make a public link")
     add("auth", "USER:PASSWORD: let in only who knows them; the environment variable is seen by fewer")
     parser.add_argument("--mcp", action="store_true", help="serve the endpoints as tools for agents as well")
+    metrics = os.environ.get("PALIGEMMA_METRICS", "").strip().lower() in ("1", "true", "yes", "on")
+    parser.add_argument("--metrics", action="store_true", default=metrics, help="serve /metrics for Prometheus")
     arguments = parser.parse_args()
     if arguments.auth:
         user, _, password = arguments.auth.partition(":")
@@ -332,6 +337,8 @@ def _parse_arguments() -> argparse.Namespace:
         arguments.auth = user, password
     if arguments.mcp and importlib.util.find_spec("mcp") is None:
         parser.error('--mcp needs one more package: pip install "gradio[mcp]"')
+    if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
+        parser.error("--metrics needs one more package: pip install prometheus_client")
     try:
         hosting.check_address(arguments.host, arguments.port)
     except paligemma.PaliGemmaError as error:

@@ -54,6 +54,7 @@ class Engine:
         self.model, self.rows = model, rows
         self._compiled_decode: Callable[..., Tensor] | None = None
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()  # of the latest images, the newest last
+        self._hits = self._misses = 0  # images whose features were there, and were not
         self._reset()
 
     def _reset(self) -> None:
@@ -84,6 +85,15 @@ class Engine:
             if not self._is_awake:
                 self._is_awake = True
                 self._thread.submit(self._run)
+
+    def figures(self) -> dict[str, int]:
+        """What it does at present, for whoever watches it; the two of the feature cache count from the start."""
+        figures = {"active_rows": len(self._running), "queue_length": len(self._waiting)}
+        figures |= {"feature_cache_hits": self._hits, "feature_cache_misses": self._misses}
+        figures["cache_bytes"] = self._cache.keys.nbytes + self._cache.values.nbytes
+        if self.model.device.type == "cuda":
+            figures["gpu_memory_bytes"] = torch.cuda.memory_allocated(self.model.device)
+        return figures
 
     def wake(self) -> None:
         """Tell the thread that a sequence was closed or read."""
@@ -205,7 +215,10 @@ class Engine:
         key = hashlib.sha256(pixel_values.numpy().data).digest(), self.model.encoder_version()
         features = self._features.pop(key, None)
         if features is None:
+            self._misses += 1
             features = self.model.image_features(pixel_values.to(self.model.device, self.model.dtype), after_layer)
+        else:
+            self._hits += 1
         self._features[key] = features
         while sum(kept.nbytes for kept in self._features.values()) > MAX_FEATURE_BYTES:
             self._features.popitem(last=False)

@@ -44,6 +44,7 @@ class Page(gr.Blocks):
     def __init__(self, title: str):
         super().__init__(title=title)
         self.answerings = Answerings()
+        self.refused: Counter[str] = Counter()  # calls that were asked to come again, by reason
 
     def event(
         self, handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str
@@ -182,8 +183,10 @@ class Page(gr.Blocks):
             clients = [client_address(event.request) for one in queues for event in one.queue]
             if len(clients) >= length:
                 body.fn_index = refusals[0]
+                self.refused["queue"] += 1
             elif clients.count(client_address(request)) >= share:
                 body.fn_index = refusals[1]
+                self.refused["client"] += 1
             pushed = await push(body, request, username)
             for one in queues:
                 running = [event for job in queue.active_jobs for event in job or []]
