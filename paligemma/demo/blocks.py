@@ -132,6 +132,12 @@ class Page(gr.Blocks):
         """
         return {path for component in self.blocks.values() for path in getattr(component, "keep_in_cache", ())}
 
+    def answer_together(self, count: int) -> None:
+        """Let up to `count` calls of each queue be answered at the same time."""
+        for waiting in self._queue.event_queue_per_concurrency_id.values():
+            if waiting.concurrency_limit is not None:
+                waiting.concurrency_limit = count
+
     def answer_all(self, seconds: float) -> None:
         """Let every call that waits begin at once, and wait until all have their answers, at most so long."""
         queue, end = self._queue, time.monotonic() + seconds
