@@ -21,6 +21,7 @@ from threading import Condition
 import torch
 from torch import Tensor
 
+from .compilation import CompiledModel
 from .config import PaliGemmaError
 from .hardware import give_back_freed_memory_later, lack_of_memory
 from .kv_cache import KVCache
@@ -39,7 +40,6 @@ NOT_FINITE = (
     "The logits are not finite in {}; please choose the dtype bfloat16, or, if they are not in that either, fetch the "
     "checkpoint again."
 )
-SMALLEST_COMPILED_LIMIT = 512  # positions; the larger ones double
 
 
 class Engine:
@@ -52,7 +52,7 @@ class Engine:
 
     def __init__(self, model: PaliGemma, rows: int = MAX_ROWS):
         self.model, self.rows = model, rows
-        self._compiled_decode: Callable[..., Tensor] | None = None
+        self._compiled: CompiledModel | None = None
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()  # of the latest images, the newest last
         self._hits = self._misses = 0  # images whose features were there, and were not
         self._reset()
@@ -70,9 +70,8 @@ class Engine:
         self._cache = self._no_cache()
 
     def compile(self) -> None:
-        """Compile the decode step, as one graph for each bucket of rows and length; on CUDA these are CUDA graphs."""
-        torch._dynamo.config.recompile_limit = 64
-        self._compiled_decode = torch.compile(self.model.decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        """Compile what the model is run for, see `CompiledModel`; a prefill then goes on without pauses for others."""
+        self._compiled = CompiledModel(self.model)
 
     def submit(self, sequence: TokenSequence) -> None:
         """Let a sequence wait for its turn."""
@@ -173,7 +172,7 @@ class Engine:
         position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
         slots = max(1, min(self.rows, MAX_CACHE_BYTES // (position * capacity)))
         cache = KVCache(text, slots, capacity, dtype, self.model.device)
-        if self._compiled_decode is not None:
+        if self._compiled is not None:
             cache.mark_static()
         return cache
 
@@ -196,8 +195,9 @@ class Engine:
 
         try:
             features = torch.cat([self._image_features(one, after_layer) for one in sequence.pixel_values], dim=1)
-            input_ids = torch.tensor([sequence.input_ids], device=self.model.device)
-            logits = self.model.prefill(features, input_ids, self._cache, slot, after_layer)
+            input_ids = self._on_device([sequence.input_ids])
+            model = self._compiled or self.model
+            logits = model.prefill(features, input_ids, self._cache, slot, after_layer)
         except Closed:
             return
         except Exception as error:
@@ -216,7 +216,8 @@ class Engine:
         features = self._features.pop(key, None)
         if features is None:
             self._misses += 1
-            features = self.model.image_features(pixel_values.to(self.model.device, self.model.dtype), after_layer)
+            pixel_values = pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)
+            features = (self._compiled or self.model).image_features(pixel_values, after_layer)
         else:
             self._hits += 1
         self._features[key] = features
@@ -235,22 +236,24 @@ class Engine:
             if not is_paused:
                 active.append(row)
         rows, limit = active[-1] + 1, 1 + max(self._running[row].length for row in active)
-        if self._compiled_decode is not None:
-            rows = min(_power_of_two(rows), len(self._cache.lengths))
-            limit = min(max(_power_of_two(limit), SMALLEST_COMPILED_LIMIT), self._cache.capacity)
-            torch.compiler.cudagraph_mark_step_begin()
+        if self._compiled is not None:
+            rows, limit = self._compiled.bucket(rows, limit, self._cache)
         last_ids = [sequence.last_id for sequence in self._running[:rows]]
         last_ids += [0] * (rows - len(last_ids))
         # A single sequence has all positions up to `limit`.
-        mask = None if rows == 1 and self._compiled_decode is None else self._cache.mask(rows, limit)
-        input_ids = torch.tensor(last_ids, device=self.model.device)[:, None]
-        logits = (self._compiled_decode or self.model.decode)(input_ids, self._cache, limit, mask)
+        mask = None if rows == 1 and self._compiled is None else self._cache.mask(rows, limit)
+        input_ids = self._on_device(last_ids)[:, None]
+        logits = (self._compiled or self.model).decode(input_ids, self._cache, limit, mask)
         sequences = [self._running[row] for row in active]
         for sequence in sequences:
             sequence.length += 1
-        self._choose(sequences, logits if len(active) == rows else logits[active])
+        self._choose(sequences, logits if len(active) == rows else logits[self._on_device(active)])
         self._last_step = time.perf_counter()
         self._step_seconds = self._last_step - start
+
+    def _on_device(self, numbers: list) -> Tensor:
+        """An int64 tensor of them on the model's device, without waiting for it."""
+        return torch.tensor(numbers).to(self.model.device, non_blocking=True)
 
     def _choose(self, sequences: list[TokenSequence], logits: Tensor) -> None:
         """Give each sequence its next token, as its own sampler chooses it from its row of float [N, vocab_size]."""
@@ -271,8 +274,3 @@ class Engine:
                 sequence.put((sequence.last_id, probability))
                 if sequence.written == sequence.max_new_tokens:
                     sequence.put(None)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest one that is not smaller."""
-    return 1 << (number - 1).bit_length()

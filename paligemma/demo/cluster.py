@@ -45,6 +45,7 @@ UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10, 300
 LAST_ANSWERS_SECONDS = 90  # for what a replica answers when it is replaced
 HEALTH_SECONDS = 5
 FIGURES_SECONDS = 5  # for all replicas to tell what they do
+TRIES = 2  # to begin an answer, if a replica fails before its first token
 GONE = "The machine that made this answer has failed; please ask again, another one answers."
 
 Event = tuple[int, Token | None]  # of `VisionLanguageModel.stream_batch`
@@ -124,6 +125,7 @@ class RemoteAnswers:
         self._arguments = arguments
         self._response: Any = None
         self._events: deque[Event | PaliGemmaError] = deque()
+        self._tries_left = TRIES  # none once the first token has come
         self._is_closed = False
         self._lock = threading.Lock()
 
@@ -131,23 +133,23 @@ class RemoteAnswers:
         return self
 
     def __next__(self) -> Event:
-        with self._lock:
-            if self._is_closed:
-                raise StopIteration
-            if self._response is None:
-                self._response = self._handle.stream_batch.remote(*self._arguments)
-                self._arguments = ()
-        try:
-            while not self._events:
+        while not self._events:
+            with self._lock:
+                if self._is_closed:
+                    raise StopIteration
+                if self._response is None:
+                    self._tries_left -= 1
+                    self._response = self._handle.stream_batch.remote(*self._arguments)
+            try:
                 self._events.extend(next(self._response))
-        except (StopIteration, RequestCancelledError):
-            self._is_closed = True
-            raise StopIteration from None
-        except RayError as error:
-            if self._is_closed:
-                raise StopIteration from None
-            log.warning("a replica has failed: %s", type(error).__name__)
-            raise PaliGemmaError(GONE) from error
+                self._tries_left = 0
+            except (StopIteration, RequestCancelledError):
+                self._is_closed = True
+            except RayError as error:
+                log.warning("a replica has failed: %s", type(error).__name__)
+                if not self._tries_left and not self._is_closed:
+                    raise PaliGemmaError(GONE) from error
+                self._response = None
         event = self._events.popleft()
         if isinstance(event, PaliGemmaError):
             raise event
