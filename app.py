@@ -6,13 +6,14 @@ import argparse
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # else it keeps 10,000, and sums them up after each
@@ -22,7 +23,7 @@ from gradio.components import Component
 from starlette.middleware import Middleware
 
 import paligemma
-from paligemma.demo import handlers, hosting, inside, layout, rendering
+from paligemma.demo import handlers, hosting, inside, layout, monitoring, rendering
 from paligemma.demo.blocks import BodyLimit, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.scripts import CHANGE_PICTURE, COPY_TEXT, DOWNLOAD, LISTEN, MAKE_LINK
@@ -30,6 +31,9 @@ from paligemma.demo.serving import EMBEDDED, STATUS_SECONDS, Models, load_checkp
 from paligemma.demo.theme import THEME
 from paligemma.demo.zero_gpu import IS_ZERO_GPU, borrow_gpu  # before anything that imports torch
 from paligemma.prompts import ENGLISH, LANGUAGES, TASKS, task_of
+
+if TYPE_CHECKING:
+    from paligemma.demo.cluster import Cluster
 
 TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
@@ -271,16 +275,26 @@ def _serve(arguments: argparse.Namespace, uploads: Path, ending: threading.Event
     loading = {"device": arguments.device or None, "dtype": arguments.dtype or "auto", "compile": arguments.compile}
     loading["tokenizer"] = arguments.tokenizer or None
     sources = [None if source == EMBEDDED else source for source in arguments.sources]
-    models = Models(sources, partial(load_checkpoint, settings=loading), borrow_gpu=borrow_gpu)
+    try:
+        cluster = _join_cluster(arguments) if arguments.cluster else None
+    except paligemma.PaliGemmaError as error:
+        return str(error)
+    load = cluster.load if cluster else load_checkpoint
+    models = Models(sources, partial(load, settings=loading), borrow_gpu=borrow_gpu)
     if IS_ZERO_GPU:
         models.load_all()
     page = build_page(models)
+    if cluster:
+        page.answer_together(cluster.rows)
     examples = page.own_files()
-    settings = dict(LAUNCH_SETTINGS)
+    settings, of_app = dict(LAUNCH_SETTINGS), dict(LAUNCH_SETTINGS["app_kwargs"])
+    settings["app_kwargs"] = of_app
     if arguments.auth:
         settings["auth"] = hosting.Password(*arguments.auth).check
-        middleware = [*settings["app_kwargs"]["middleware"], Middleware(hosting.OwnPagesOnly)]
-        settings["app_kwargs"] = {**settings["app_kwargs"], "middleware": middleware}
+        of_app["middleware"] = [*of_app["middleware"], Middleware(hosting.OwnPagesOnly)]
+    of_app["routes"] = [monitoring.health_route(models)]
+    if arguments.metrics:
+        of_app["routes"].append(monitoring.Metrics(models, page).route(settings.get("auth")))
     try:
         page.launch(
             server_name=arguments.host,
@@ -293,17 +307,38 @@ def _serve(arguments: argparse.Namespace, uploads: Path, ending: threading.Event
     except OSError as error:  # somebody else was faster
         return str(error)
     with hosting.cleaned_up(uploads, FILES_KEPT_SECONDS, examples):
-        return hosting.run_until(ending, page, models)
+        try:
+            return hosting.run_until(ending, page, models)
+        finally:
+            if cluster:
+                cluster.close()
+
+
+def _join_cluster(arguments: argparse.Namespace) -> Cluster:
+    """The cluster that answers; at `SIGHUP` it loads its checkpoints anew."""
+    from paligemma.demo.cluster import Cluster
+
+    cluster = Cluster(arguments.cluster, arguments.replicas, arguments.replica_cores, arguments.device or None)
+    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=cluster.update, daemon=True).start())
+    return cluster
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    """The least and the most of `2-8`, or of `2`, which is both."""
+    least, _, most = text.strip().partition("-")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise argparse.ArgumentTypeError(f"{text} is no number of replicas; please give one, such as 2, or two: 1-8")
+    return int(least), int(most or least)
 
 
 def _parse_arguments() -> argparse.Namespace:
     """Options and environment variables, as the README lists them; `sources` are the checkpoints to offer."""
     parser = argparse.ArgumentParser(description=__doc__)
 
-    def add(name: str, help: str) -> None:
+    def add(name: str, help: str, type: Callable[[str], object] = str.strip) -> None:
         """An option that an environment variable sets as well."""
-        default = os.environ.get(f"PALIGEMMA_{name.upper()}")
-        parser.add_argument(f"--{name}", type=str.strip, default=default, help=help)
+        default = os.environ.get(f"PALIGEMMA_{name.upper().replace('-', '_')}") or None
+        parser.add_argument(f"--{name}", type=type, default=default, help=help)
 
     add("model", "folder or Hub id[@revision]")
     add("models", f"several of them, with commas between, for a menu; `{EMBEDDED}` is the small one that ships inside")
@@ -317,6 +352,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="make a public link")
     add("auth", "USER:PASSWORD: let in only who knows them; the environment variable is seen by fewer")
     parser.add_argument("--mcp", action="store_true", help="serve the endpoints as tools for agents as well")
+    add("cluster", "let a Ray cluster answer: auto, local or ray://HOST:PORT")
+    add("replicas", "of each checkpoint on the cluster, such as 2 or 1-8", type=_replicas)
+    add("replica-cores", "CPU cores of each of them", type=int)
+    metrics = os.environ.get("PALIGEMMA_METRICS", "").strip().lower() in ("1", "true", "yes", "on")
+    parser.add_argument("--metrics", action="store_true", default=metrics, help="serve /metrics for Prometheus")
     arguments = parser.parse_args()
     if arguments.auth:
         user, _, password = arguments.auth.partition(":")
@@ -325,8 +365,13 @@ def _parse_arguments() -> argparse.Namespace:
         if arguments.mcp:
             parser.error("--mcp cannot be protected with --auth, since agents have no login; please choose one of them")
         arguments.auth = user, password
-    if arguments.mcp and importlib.util.find_spec("mcp") is None:
-        parser.error('--mcp needs one more package: pip install "gradio[mcp]"')
+    for option, module, package in (
+        ("mcp", "mcp", '"gradio[mcp]"'),
+        ("metrics", "prometheus_client", "prometheus_client"),
+        ("cluster", "ray", '"ray[serve]"'),
+    ):
+        if getattr(arguments, option) and importlib.util.find_spec(module) is None:
+            parser.error(f"--{option} needs one more package: pip install {package}")
     try:
         hosting.check_address(arguments.host, arguments.port)
     except paligemma.PaliGemmaError as error:

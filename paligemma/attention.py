@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 # Scores that soft-capped attention computes at once: 16 MB in float32, of gigabytes for an image of 896 pixels.
@@ -43,6 +44,8 @@ def attend(
     # The heads of a group become further query rows of their shared head, so that keys and values are read where they
     # lie and never repeated.
     rows = queries.view(batch, length, kv_heads, -1, head_dim).transpose(1, 2).reshape(batch, kv_heads, -1, head_dim)
+    if softcap is not None and mask is None and length > 1 and torch.compiler.is_compiling():
+        return _attend_fused(queries, keys, values, scale or head_dim**-0.5, softcap)
     if softcap is None:
         attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     else:
@@ -66,6 +69,16 @@ def attention_weights(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
+
+
+def _attend_fused(queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> Tensor:
+    """As `attend` with a soft-cap and without a mask, as one kernel that holds no scores; only compiled it is one."""
+
+    def cap(score: Tensor, *place: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    attended = flex_attention(queries.transpose(1, 2), keys, values, score_mod=cap, scale=scale, enable_gqa=True)
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _attend_soft_capped(

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .compilation import CompiledModel
 from .config import PaliGemmaError
-from .hardware import give_back_freed_memory_later, lack_of_memory
+from .hardware import give_back_freed_memory_later, lack_of_memory, on_device
 from .kv_cache import KVCache
 from .model import PaliGemma
 from .prefill import Prefill
@@ -39,7 +40,6 @@ NOT_FINITE = (
     "The logits are not finite in {}; please choose the dtype bfloat16, or, if they are not in that either, fetch the "
     "checkpoint again."
 )
-SMALLEST_COMPILED_LIMIT = 512  # positions; the larger ones double
 T = TypeVar("T")
 
 
@@ -53,7 +53,6 @@ class Engine:
 
     def __init__(self, model: PaliGemma, rows: int = MAX_ROWS):
         self.model, self.rows, self.prefill = model, rows, Prefill(model)
-        self._compiled_decode: Callable[..., Tensor] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -70,9 +69,8 @@ class Engine:
         self._cache = self._no_cache()
 
     def compile(self) -> None:
-        """Compile the decode step, as one graph for each bucket of rows and length; on CUDA these are CUDA graphs."""
-        torch._dynamo.config.recompile_limit = 64
-        self._compiled_decode = torch.compile(self.model.decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        """Compile what the model is run for, see `CompiledModel`; a prefill then goes on without pauses for others."""
+        self.prefill.compiled = CompiledModel(self.model)
 
     def submit(self, sequence: TokenSequence) -> None:
         """Let a sequence wait for its turn."""
@@ -94,6 +92,15 @@ class Engine:
             if not self._is_awake:
                 self._is_awake = True
                 self._thread.submit(self._run)
+
+    def figures(self) -> dict[str, int]:
+        """What it does at present, for whoever watches it; the two of the feature cache count from the start."""
+        figures = {"active_rows": len(self._running), "queue_length": len(self._waiting)}
+        figures |= {"feature_cache_hits": self.prefill.hits, "feature_cache_misses": self.prefill.misses}
+        figures["cache_bytes"] = self._cache.keys.nbytes + self._cache.values.nbytes
+        if self.model.device.type == "cuda":
+            figures["gpu_memory_bytes"] = torch.cuda.memory_allocated(self.model.device)
+        return figures
 
     def wake(self) -> None:
         """Tell the thread that a sequence was closed or read."""
@@ -182,7 +189,7 @@ class Engine:
         capacity = min(max(capacity, usual), text.max_position_embeddings)
         slots = max(1, min(self.rows, MAX_CACHE_BYTES // (text.cached_numbers * dtype.itemsize * capacity)))
         cache = KVCache(text, slots, capacity, dtype, self.model.device)
-        if self._compiled_decode is not None:
+        if self.prefill.compiled is not None:
             cache.mark_static()
         return cache
 
@@ -238,20 +245,18 @@ class Engine:
             if not is_paused:
                 active.append(row)
         rows, limit = active[-1] + 1, 1 + max(self._running[row].length for row in active)
-        if self._compiled_decode is not None:
-            rows = min(_power_of_two(rows), len(self._cache.lengths))
-            limit = min(max(_power_of_two(limit), SMALLEST_COMPILED_LIMIT), self._cache.capacity)
-            torch.compiler.cudagraph_mark_step_begin()
+        if self.prefill.compiled is not None:
+            rows, limit = self.prefill.compiled.bucket(rows, limit, self._cache)
         last_ids = [sequence.answer_ids[-1] for sequence in self._running[:rows]]
         last_ids += [0] * (rows - len(last_ids))
         # A single sequence has all positions up to `limit`.
-        mask = None if rows == 1 and self._compiled_decode is None else self._cache.mask(rows, limit)
-        input_ids = torch.tensor(last_ids, device=self.model.device)[:, None]
-        logits = (self._compiled_decode or self.model.decode)(input_ids, self._cache, limit, mask)
+        mask = None if rows == 1 and self.prefill.compiled is None else self._cache.mask(rows, limit)
+        input_ids = on_device(last_ids, self.model.device)[:, None]
+        logits = (self.prefill.compiled or self.model).decode(input_ids, self._cache, limit, mask)
         sequences = [self._running[row] for row in active]
         for sequence in sequences:
             sequence.length += 1
-        self._choose(sequences, logits if len(active) == rows else logits[active])
+        self._choose(sequences, logits if len(active) == rows else logits[on_device(active, self.model.device)])
         self._last_step = time.perf_counter()
         self._step_seconds = self._last_step - start
         for sequence in sequences:
@@ -276,8 +281,3 @@ class Engine:
                 sequence.put((int(token_id), probability))
                 if sequence.written == sequence.max_new_tokens:
                     sequence.put(None)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest one that is not smaller."""
-    return 1 << (number - 1).bit_length()

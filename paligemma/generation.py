@@ -313,6 +313,10 @@ class VisionLanguageModel:
             texts[number] += token.text if token else ""
         return texts
 
+    def figures(self) -> dict[str, int]:
+        """What the engine does at present, see `Engine.figures`."""
+        return self.engine.figures()
+
     @torch.inference_mode()
     def decode_mask(self, codes: Sequence[int]) -> np.ndarray | None:
         """The mask that 16 `<seg>` codes stand for, see `annotations.place_mask`.

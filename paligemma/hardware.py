@@ -46,6 +46,11 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
+def on_device(numbers: Sequence, device: torch.device) -> Tensor:
+    """An int64 tensor of them on a device, without waiting for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
 def unused_gpu() -> str | None:
     """A sentence on why torch cannot use the NVIDIA GPU of this machine and what to do; None if it can, or there is none."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

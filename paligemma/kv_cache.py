@@ -53,6 +53,21 @@ class KVCache:
 
         return write
 
+    def scatter_writer(self, slot: Tensor, length: int) -> Write:
+        """As `prefill_writer(slot)` of one sequence of `length` positions, but with the slot in a tensor, int64 [1].
+
+        A compiled graph serves all slots so. What is written is what comes back.
+        """
+        targets = (self._starts[slot, :, None] + torch.arange(length, device=slot.device)).view(-1)
+        all_keys, all_values = self.keys.flatten(1, 3), self.values.flatten(1, 3)  # [layers, positions, head_dim]
+
+        def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            all_keys[layer].index_copy_(0, targets, keys.reshape(-1, keys.shape[-1]))
+            all_values[layer].index_copy_(0, targets, values.reshape(-1, values.shape[-1]))
+            return keys, values
+
+        return write
+
     def start(self, slot: int, rows: int, length: int) -> None:
         """Let steps go on after position `length` in `rows` slots from `slot` on, once every layer has been written."""
         self.lengths[slot : slot + rows] = length

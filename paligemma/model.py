@@ -151,6 +151,22 @@ class PaliGemma(nn.Module):
         cache.start(slot, rows, length)
         return self.logits(hidden_states[:, -1])
 
+    def prefill_at(self, image_features: Tensor, input_ids: Tensor, cache: KVCache, slot: Tensor) -> Tensor:
+        """As `prefill` of one row, but without a pause, and with the slot in a tensor, int64 [1]: to be compiled.
+
+        `cache.start` is left to the caller.
+        """
+        length = input_ids.shape[1]
+        hidden_states = self.language_model(
+            self._embed(image_features, input_ids),
+            slice(0, length),
+            mask=None,
+            window_mask=None,
+            write=cache.scatter_writer(slot, length),
+            first=length - 1,
+        )
+        return self.logits(hidden_states[:, -1])
+
     def decode(self, input_ids: Tensor, cache: KVCache, limit: int, mask: Tensor | None = None) -> Tensor:
         """Append one token to each of the first B slots of `cache`.
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from .compilation import CompiledModel
+from .hardware import on_device
 from .kv_cache import KeptCache, KeptCaches, KVCache
 from .model import PaliGemma
 from .sequence import TokenSequence
@@ -26,8 +28,10 @@ class Prefill:
 
     def __init__(self, model: PaliGemma):
         self.model = model
+        self.compiled: CompiledModel | None = None
         self.kept = KeptCaches(MAX_KEPT_BYTES)
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()  # the newest last
+        self.hits = self.misses = 0  # images whose features were there, and were not
 
     def read(
         self, sequence: TokenSequence, cache: KVCache, slot: int, after_layer: Callable[[], None]
@@ -47,11 +51,11 @@ class Prefill:
             sequence.step_seconds = kept.step_seconds[: len(sequence.answer_ids) - 1]
             return None
         features = self.image_features(sequence, after_layer)
-        input_ids = torch.tensor([sequence.ids[: sequence.length]], device=self.model.device)
+        input_ids = on_device([sequence.ids[: sequence.length]], self.model.device)
         prefix_lengths = None
         if len(sequence.input_ids) < sequence.length:
-            prefix_lengths = torch.tensor([len(sequence.input_ids)], device=self.model.device)
-        return self.model.prefill(features, input_ids, cache, slot, prefix_lengths, after_layer)
+            prefix_lengths = on_device([len(sequence.input_ids)], self.model.device)
+        return (self.compiled or self.model).prefill(features, input_ids, cache, slot, prefix_lengths, after_layer)
 
     def image_features(self, sequence: TokenSequence, after_layer: Callable[[], None] | None = None) -> Tensor:
         """The features of a sequence's images, float [1, patches, hidden_size], computed unless they are kept."""
@@ -60,7 +64,11 @@ class Prefill:
             key = digest, self.model.encoder_version()
             features = self._features.pop(key, None)
             if features is None:
-                features = self.model.image_features(pixel_values.to(self.model.device, self.model.dtype), after_layer)
+                pixel_values = pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)
+                features = (self.compiled or self.model).image_features(pixel_values, after_layer)
+                self.misses += 1
+            else:
+                self.hits += 1
             self._features[key] = features
             while sum(kept.nbytes for kept in self._features.values()) > MAX_FEATURE_BYTES:
                 self._features.popitem(last=False)

@@ -44,6 +44,7 @@ class Page(gr.Blocks):
     def __init__(self, title: str):
         super().__init__(title=title)
         self.answerings = Answerings()
+        self.refused: Counter[str] = Counter()  # calls that were asked to come again, by reason
 
     def event(
         self, handler: Callable, *given: object, show: Callable = lambda shown: shown, write: Callable = str
@@ -131,6 +132,12 @@ class Page(gr.Blocks):
         """
         return {path for component in self.blocks.values() for path in getattr(component, "keep_in_cache", ())}
 
+    def answer_together(self, count: int) -> None:
+        """Let up to `count` calls of each queue be answered at the same time."""
+        for waiting in self._queue.event_queue_per_concurrency_id.values():
+            if waiting.concurrency_limit is not None:
+                waiting.concurrency_limit = count
+
     def answer_all(self, seconds: float) -> None:
         """Let every call that waits begin at once, and wait until all have their answers, at most so long."""
         queue, end = self._queue, time.monotonic() + seconds
@@ -182,8 +189,10 @@ class Page(gr.Blocks):
             clients = [client_address(event.request) for one in queues for event in one.queue]
             if len(clients) >= length:
                 body.fn_index = refusals[0]
+                self.refused["queue"] += 1
             elif clients.count(client_address(request)) >= share:
                 body.fn_index = refusals[1]
+                self.refused["client"] += 1
             pushed = await push(body, request, username)
             for one in queues:
                 running = [event for job in queue.active_jobs for event in job or []]

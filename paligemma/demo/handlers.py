@@ -536,7 +536,7 @@ def _answer(
 ) -> Iterator[tuple[str, list[Answer], list[rendering.MarkedObject]]]:
     """Yield how far the loading is, then the answers so far and their objects, which are a new list when they change."""
     prompts = [line for line in map(str.strip, str(prompt or "").splitlines()) if line] or [prompt]
-    with models.use(checkpoint):
+    with models.use(checkpoint), models.observed(checkpoint, prompts) as begun:
         for status in models.wait(checkpoint):
             yield status, [], []
         vlm = models.get(checkpoint)
@@ -545,6 +545,7 @@ def _answer(
         objects: list[rendering.MarkedObject] = []
         masks = rendering.MaskCache(vlm.decode_mask)
         for answers in models.answer(checkpoint, images, prompts, settings):
+            begun[:] = answers
             found = _detections(answers)
             if found != detections:
                 detections, objects = found, rendering.mark_objects(found, masks)

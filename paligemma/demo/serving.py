@@ -86,6 +86,8 @@ class Models:
         self._lock = Lock()
         self._loads_when_asked = True
         self._is_closing = False
+        # Each is called when prompts have their answers, or will have none: see `observed`.
+        self.observers: list[Callable[[str, Sequence[Answer], str], object]] = []
 
     @property
     def names(self) -> list[str]:
@@ -120,6 +122,16 @@ class Models:
     def loaded(self, name: str) -> VisionLanguageModel | None:
         """The model, unless it is not loaded at present."""
         return self._find(name).vlm
+
+    def state(self, name: str) -> str:
+        """`ready` from when a checkpoint was first loaded, though it may be unloaded now; `loading`, `failed`, `ending`."""
+        checkpoint = self._find(name)
+        if self._is_closing:
+            return "ending"
+        if checkpoint.description:
+            return "ready"
+        has_failed = checkpoint.loading is not None and checkpoint.loading.done()
+        return "failed" if has_failed else "loading"
 
     def status(self, name: str) -> str:
         """What a checkpoint runs as, or how far its loading is."""
@@ -161,6 +173,25 @@ class Models:
             PaliGemmaError: it could not be, or there is none of this name.
         """
         return self.start(name).result()
+
+    @contextmanager
+    def observed(self, name: str, prompts: Sequence[str]) -> Iterator[list[Answer]]:
+        """Let the observers know what becomes of prompts.
+
+        Inside, the list that this gives takes the answers, once they are begun. Each observer is called as
+        observer(name, answers, outcome), the latter of the answers that are not finished: `refused` with a sentence
+        before they were begun, `stopped`, or `failed`.
+        """
+        answers: list[Answer] = []
+        outcome = "stopped"
+        try:
+            yield answers
+        except Exception:
+            outcome = "failed" if answers else "refused"
+            raise
+        finally:
+            for observe in self.observers:
+                observe(name, answers or [Answer(prompt) for prompt in prompts], outcome)
 
     def answer(
         self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
@@ -244,8 +275,8 @@ class Models:
 
         try:
             vlm = self._load(checkpoint.source, progress=report, make_room=self._make_room)
-            checkpoint.description = _describe(vlm)  # here, since on ZeroGPU only the thread that loads sees a GPU
-            checkpoint.vlm = vlm
+            description = _describe(vlm)  # here, since on ZeroGPU only the thread that loads sees a GPU
+            checkpoint.vlm, checkpoint.description = vlm, description
             loading.set_result(vlm)
         except BaseException as error:  # reaches whoever waits
             log.warning("%s cannot be loaded: %s", checkpoint.source or EMBEDDED, error)
@@ -403,12 +434,17 @@ def answer_prompts(
             _log(answer, size, "finished" if answer.is_finished else outcome)
 
 
+def task_word(prompt: str) -> str:
+    """The first word of a prompt's task; of any other prompt `FREE_QUESTION`."""
+    task = task_of(str(prompt))
+    return task.word if task else FREE_QUESTION
+
+
 def _log(answer: Answer, size: tuple[int, int], outcome: str) -> None:
-    task = task_of(answer.prompt)
     first, rate = answer.seconds_to_first_token, answer.tokens_per_second
     log.info(
         "task=%s picture=%dx%d prompt_characters=%d tokens=%d first_token=%s tokens_per_second=%s outcome=%s",
-        task.word if task else FREE_QUESTION,
+        task_word(answer.prompt),
         *size,
         len(answer.prompt),
         len(answer.times),

@@ -16,7 +16,7 @@ from threading import Thread
 
 import httpx
 import pytest
-from conftest import EXAMPLES, ROOT
+from conftest import EXAMPLES, ROOT, wait_until
 from gradio_client import Client, handle_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -77,6 +77,18 @@ def test_a_private_page_lets_in_who_knows_the_password():
         Client(address, auth=("ada", "love:lace"), verbose=False)
 
 
+def test_a_page_tells_its_health_to_all_and_its_metrics_to_who_knows_the_password():
+    with served("--auth", "ada:lovelace", PALIGEMMA_METRICS="1") as (_, address):
+        wait_until(lambda: httpx.get(f"{address}/health").json() == {"status": "ready"})
+        assert httpx.get(f"{address}/metrics").status_code == 401
+        metrics = httpx.get(f"{address}/metrics", auth=("ada", "lovelace"))
+        assert metrics.headers["content-type"].startswith("text/plain")
+        assert 'paligemma_active_rows{checkpoint="embedded"} 0.0' in metrics.text
+    with served() as (_, address):
+        assert httpx.get(f"{address}/metrics").status_code == 404
+        assert httpx.get(f"{address}/health").status_code in (200, 503)
+
+
 def test_other_sites_cannot_use_a_private_page_in_a_visitors_name():
     with served("--auth", "ada:lovelace") as (_, address):
         visitor = httpx.Client(base_url=address)
@@ -102,14 +114,18 @@ def test_half_a_password_is_refused(pair):
     assert output.strip().endswith("--auth takes a name and a password with a colon between them: --auth ada:lovelace")
 
 
-def test_agents_need_one_more_package_which_is_named(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [("--mcp", 'pip install "gradio[mcp]"'), ("--metrics", "pip install prometheus_client")],
+)
+def test_an_option_that_needs_one_more_package_names_it(monkeypatch, capsys, option, command):
     import app
 
-    monkeypatch.setattr(sys, "argv", ["app.py", "--mcp"])
+    monkeypatch.setattr(sys, "argv", ["app.py", option])
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         app.main()
-    assert 'pip install "gradio[mcp]"' in capsys.readouterr().err
+    assert command in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paligemma import attention
@@ -126,3 +127,25 @@ def test_neither_attention_nor_its_gradient_holds_the_scores_of_all_positions_an
     with computed:
         attended.sum().backward()
     assert max(computed.sizes) <= bound
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@torch.inference_mode()
+def test_compiled_soft_capped_attention_is_one_graph_for_all_lengths(kv_heads):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    for length in (7, 40, 300):
+        queries, keys, values, _ = random_inputs(length, kv_heads, length, "no mask")
+        for tensor, dimension in ((queries, 1), (keys, 2), (values, 2)):
+            torch._dynamo.mark_dynamic(tensor, dimension)
+        attended = compiled(queries, keys, values, None, 0.5, 0.7)
+        expected = formula(queries, keys, values, None, 0.5, 0.7)
+        torch.testing.assert_close(attended, expected.float(), rtol=0, atol=1e-5)
+    assert len(graphs) == 1
+    assert "flex_attention" in graphs[0].code

@@ -13,11 +13,13 @@ import torch
 from conftest import EXAMPLES, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_checkpoints import make_reference, save_reference
+from torch._dynamo.backends.debugging import aot_eager
 
 import paligemma
 from paligemma import PaliGemmaError, engine, hardware
 from paligemma import VisionLanguageModel as VLM
-from paligemma.engine import PREFILL_SHARE, Engine
+from paligemma.engine import PREFILL_SHARE
 from paligemma.sequence import MAX_AHEAD
 
 IMAGES = [EXAMPLES / name for name in ("cats.png", "sign.png", "music.png")]
@@ -226,24 +228,33 @@ def test_a_fork_of_the_process_answers_as_well(vlm):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_compiled_step_is_one_graph_a_bucket_and_never_compiled_again(vlm, monkeypatch):
-    graphs = []
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_compiled_graphs_answer_the_same_and_are_never_compiled_again(tmp_path, monkeypatch, family):
+    torch._dynamo.reset()
+    eager = paligemma.load(save_reference(make_reference(family=family, kv_heads=2, std=0.2), tmp_path / family))
+    graphs, compile_graph = [], torch.compile
 
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+    def compile_here(function, mode, **others):
+        def backend(graph, inputs):
+            graphs.append(function.__name__)
+            return aot_eager(graph, inputs)
 
-    compile_graph = torch.compile
-    monkeypatch.setattr(
-        engine.torch, "compile", lambda function, mode, **others: compile_graph(function, backend=backend, **others)
-    )
-    expected = vlm.generate_batch(IMAGES, PROMPTS, max_new_tokens=20)
-    vlm = paligemma.VisionLanguageModel(vlm.model, vlm.processor)
+        return compile_graph(function, backend=backend, **others)
+
+    monkeypatch.setattr(torch, "compile", compile_here)
+    prompts = [*PROMPTS, "ocr"]
+    expected = eager.generate_batch([*IMAGES, IMAGES[0]], prompts, max_new_tokens=20)
+    vlm = paligemma.VisionLanguageModel(eager.model, eager.processor)
     vlm.engine.compile()
-    for _ in range(4):
-        assert vlm.generate_batch(IMAGES, PROMPTS, max_new_tokens=20) == expected
-    assert isinstance(vlm.engine, Engine)
-    assert len(graphs) <= 3  # for one, two and four rows
+    for _ in range(2):
+        assert vlm.generate_batch([*IMAGES, IMAGES[0]], prompts, max_new_tokens=20) == expected
+    # Prompts of four lengths in four slots; one, two and four rows.
+    assert graphs.count("image_features") == graphs.count("prefill_at") == 1
+    assert graphs.count("decode") <= 3
+    before = len(graphs)
+    long = "answer en " + "cat " * 600  # its positions are in the next bucket
+    assert vlm.generate(IMAGES[0], long, max_new_tokens=5) == eager.generate(IMAGES[0], long, max_new_tokens=5)
+    assert graphs[before:] == ["decode"]
 
 
 def test_who_needs_a_cache_that_the_memory_does_not_hold_is_told_and_others_are_answered(vlm, monkeypatch):

@@ -114,13 +114,26 @@ def test_rows_of_one_length_are_prefilled_and_decoded_together_without_a_mask(mo
 
 
 @torch.inference_mode()
+def test_a_prefill_whose_slot_is_in_a_tensor_writes_the_same(model):
+    row, (cache, other) = Alone(model, 6, 0), (empty_cache(model, 3) for _ in range(2))
+    expected = model.prefill(row.features, row.input_ids, cache, slot=2)
+    logits = model.prefill_at(row.features, row.input_ids, other, torch.tensor([2]))
+    assert (logits - expected).abs().max() <= BOUND
+    assert (other.keys - cache.keys).abs().max() <= BOUND
+    assert (other.values - cache.values).abs().max() <= BOUND
+    assert cache.values[:, 2].any()
+
+
+@torch.inference_mode()
 def test_a_step_takes_lengths_and_writes_without_reading_values(model):
     """On `meta` there are none, so that whatever waited for the device would fail."""
     meta_model = PaliGemma(model.config).to("meta")
     cache = KVCache(model.config.text, 3, CAPACITY, torch.float32, "meta")
     patches = model.config.vision.num_patches
     features = torch.empty(1, patches, model.config.text.hidden_size, device="meta")
-    meta_model.prefill(features, torch.zeros(1, patches + 4, dtype=torch.int64, device="meta"), cache, slot=1)
+    input_ids = torch.zeros(1, patches + 4, dtype=torch.int64, device="meta")
+    meta_model.prefill(features, input_ids, cache, slot=1)
+    meta_model.prefill_at(features, input_ids, cache, torch.zeros(1, dtype=torch.int64, device="meta"))
     logits = meta_model.decode(torch.zeros(3, 1, dtype=torch.int64, device="meta"), cache, 30, cache.mask(3, 30))
     cache.release(1)
     assert logits.shape == (3, model.config.text.vocab_size)

@@ -1,0 +1,361 @@
+"""Checkpoints on a Ray cluster (https://docs.ray.io), each as a Ray Serve deployment of as many replicas as it is busy.
+
+    page ──> RemoteModel ──> deployment handle ──> replica: a VisionLanguageModel with its engine
+
+A replica answers up to `MAX_ROWS` requests together, on a GPU of its own where there are some. Requests about the same
+image go to the same replica, which has its features, as long as that one has a place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RequestCancelledError
+
+from ..config import PaliGemmaConfig, PaliGemmaError
+from ..engine import MAX_ROWS
+from ..generation import AnswerBatch, Images, Settings, Token, VisionLanguageModel
+from ..images import open_image, to_rgb
+from ..mask_decoder import MaskDecoder
+from ..processor import Processor
+from .serving import EMBEDDED, load_checkpoint
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+TARGET_ONGOING_REQUESTS = MAX_ROWS / 2  # of each replica; above that there are more replicas
+UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10, 300
+LAST_ANSWERS_SECONDS = 90  # for what a replica answers when it is replaced
+HEALTH_SECONDS = 5
+FIGURES_SECONDS = 5  # for all replicas to tell what they do
+TRIES = 2  # to begin an answer, if a replica fails before its first token
+GONE = "The machine that made this answer has failed; please ask again, another one answers."
+
+Event = tuple[int, Token | None]  # of `VisionLanguageModel.stream_batch`
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """A checkpoint in a process of the cluster.
+
+    Args:
+        source, settings: see `load_checkpoint`.
+    """
+
+    def __init__(self, source: str | None, settings: dict[str, Any]):
+        self._vlm = load_checkpoint(source, settings)
+        self._threads = ThreadPoolExecutor(max_workers=2 * MAX_ROWS, thread_name_prefix="requests")
+
+    def parts(self) -> dict[str, object]:
+        """What a page needs of the checkpoint beside its model."""
+        vlm = self._vlm
+        return {name: getattr(vlm, name) for name in ("processor", "mask_decoder", "device", "weight_dtype")}
+
+    def figures(self) -> dict[str, int]:
+        """See `VisionLanguageModel.figures`."""
+        return self._vlm.figures()
+
+    async def stream_batch(
+        self, images: Sequence[np.ndarray], numbers: Sequence[Sequence[int]], prompts: Sequence[str], settings: Settings
+    ) -> AsyncIterator[list[Event | PaliGemmaError]]:
+        """Yield the events of `VisionLanguageModel.stream_batch`, as many at once as there are, an error as the last.
+
+        Errors are values, since of those that are raised Ray makes others. Who cancels this ends the work.
+
+        Args:
+            images: uint8 [height, width, 3] each.
+            numbers: which of them each prompt is about.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | PaliGemmaError | None] = asyncio.Queue()
+        is_over = threading.Event()
+        begun: list[AnswerBatch] = []
+
+        def answer() -> None:
+            try:
+                opened = [Image.fromarray(image) for image in images]
+                batch = self._vlm.stream_batch([[opened[one] for one in some] for some in numbers], prompts, **settings)
+                begun.append(batch)
+                for event in batch if not is_over.is_set() else ():
+                    loop.call_soon_threadsafe(events.put_nowait, event)
+            except PaliGemmaError as error:
+                loop.call_soon_threadsafe(events.put_nowait, error)
+            finally:
+                loop.call_soon_threadsafe(events.put_nowait, None)
+
+        self._threads.submit(answer)
+        try:
+            while True:
+                some = [await events.get()]
+                while not events.empty():
+                    some.append(events.get_nowait())
+                if found := [event for event in some if event is not None]:
+                    yield found
+                if some[-1] is None:
+                    return
+        finally:
+            is_over.set()
+            for batch in begun:
+                batch.close()
+
+
+class RemoteAnswers:
+    """Answers that a replica makes: an iterator as `AnswerBatch` is, which any thread may close."""
+
+    def __init__(self, handle: DeploymentHandle, key: str, arguments: tuple):
+        self._handle = handle.options(stream=True, session_id=key)
+        self._arguments = arguments
+        self._response: Any = None
+        self._events: deque[Event | PaliGemmaError] = deque()
+        self._tries_left = TRIES  # none once the first token has come
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> RemoteAnswers:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._events:
+            with self._lock:
+                if self._is_closed:
+                    raise StopIteration
+                if self._response is None:
+                    self._tries_left -= 1
+                    self._response = self._handle.stream_batch.remote(*self._arguments)
+            try:
+                self._events.extend(next(self._response))
+                self._tries_left = 0
+            except (StopIteration, RequestCancelledError):
+                self._is_closed = True
+            except RayError as error:
+                log.warning("a replica has failed: %s", type(error).__name__)
+                if not self._tries_left and not self._is_closed:
+                    raise PaliGemmaError(GONE) from error
+                self._response = None
+        event = self._events.popleft()
+        if isinstance(event, PaliGemmaError):
+            raise event
+        return event
+
+    def close(self) -> None:
+        """End the work at the replica; there are no more tokens."""
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+        if self._response is not None and not was_closed and ray.is_initialized():
+            self._response.cancel()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class RemoteModel:
+    """A checkpoint of the cluster with the public face of `VisionLanguageModel`, as far as the page needs it."""
+
+    processor: Processor
+    mask_decoder: MaskDecoder | None
+    device: torch.device
+    weight_dtype: torch.dtype
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+        self.refresh()
+
+    @property
+    def config(self) -> PaliGemmaConfig:
+        return self.processor.config
+
+    def refresh(self) -> None:
+        """Fetch the parts that are used here from a replica."""
+        vars(self).update(self._handle.parts.remote().result())
+
+    def stream_batch(
+        self,
+        images: Sequence[Images],
+        prompts: Sequence[str],
+        **settings: Any,  # noqa: ANN401
+    ) -> RemoteAnswers:
+        """See `VisionLanguageModel.stream_batch`; what is wrong with the arguments is raised with the first token."""
+        pixels: list[np.ndarray] = []
+        places: dict[int, int] = {}
+        numbers = []
+        for some in images:
+            own = [some] if isinstance(some, str) or not isinstance(some, Sequence) else some
+            for image in own:
+                if id(image) not in places:
+                    places[id(image)] = len(pixels)
+                    pixels.append(self._pixels(image))
+            numbers.append([places[id(image)] for image in own])
+        key = hashlib.sha256(pixels[0].data).hexdigest() if pixels else ""
+        return RemoteAnswers(self._handle, key, (pixels, numbers, list(prompts), settings))
+
+    def generate(self, image: Images, prompt: str, **settings: Any) -> str:  # noqa: ANN401
+        """The whole answer at once."""
+        return "".join(token.text for _, token in self.stream_batch([image], [prompt], **settings) if token)
+
+    def decode_mask(self, codes: Sequence[int]) -> np.ndarray | None:
+        """See `VisionLanguageModel.decode_mask`."""
+        return VisionLanguageModel.decode_mask(cast(VisionLanguageModel, self), codes)  # it needs `mask_decoder` only
+
+    def figures(self) -> dict[str, int]:
+        """Those of all replicas together, see `VisionLanguageModel.figures`."""
+        total: dict[str, int] = {}
+        for figures in self._handle.broadcast("figures").results(timeout_s=FIGURES_SECONDS, return_exceptions=True):
+            for name, value in figures.items() if isinstance(figures, dict) else ():
+                total[name] = total.get(name, 0) + value
+        return total
+
+    def close(self) -> None:
+        """End the threads that keep the connection to the replicas."""
+        self._handle.shutdown()
+
+    def _pixels(self, image: Any) -> np.ndarray:  # noqa: ANN401
+        """The image as the processor resizes it, uint8 [image_size, image_size, 3], which is all that has to travel."""
+        opened = image if isinstance(image, Image.Image) else open_image(image)
+        size = self.config.vision.image_size
+        return np.asarray(to_rgb(opened).resize((size, size), Image.Resampling.BICUBIC))
+
+
+class Cluster:
+    """Loads checkpoints as deployments of a Ray cluster.
+
+    Args:
+        address: `auto` for the cluster that this machine belongs to, `local` for one of this machine alone.
+        replicas: how many of each checkpoint there are at least and at most; None: one to as many as fit now.
+        cpus: cores of each; None: one beside a GPU, else all that a machine has.
+        device: `cuda`, `cpu`, or None for GPUs where the cluster has any.
+        ray_settings: further arguments of `ray.init`.
+
+    Raises:
+        PaliGemmaError: there is no such cluster.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        replicas: tuple[int, int] | None = None,
+        cpus: int | None = None,
+        device: str | None = None,
+        **ray_settings: Any,  # noqa: ANN401
+    ):
+        if cpus is not None and cpus < 1:
+            raise PaliGemmaError(f"A replica cannot have {cpus} cores; please give one or more.")
+        _connect(address, ray_settings)
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0)) if device != "cpu" else 0
+        if device == "cuda" and not gpus:
+            raise PaliGemmaError(f"The cluster {address} has no GPU; please choose the device cpu.")
+        self.device = "cuda" if gpus else "cpu"
+        machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        self._cpus = cpus or (1 if gpus else max(1, min(filter(None, machines), default=1)))
+        fitting = gpus or sum(cores // self._cpus for cores in machines)
+        self.replicas = replicas or (1, max(1, fitting))
+        self._loaded: dict[str, tuple[str | None, dict[str, Any], RemoteModel]] = {}
+        # No proxies: requests come through handles, and no port is opened.
+        serve.start(proxy_location="Disabled")
+
+    @property
+    def rows(self) -> int:
+        """How many requests all replicas of a checkpoint answer together."""
+        return MAX_ROWS * self.replicas[1]
+
+    def load(
+        self, source: str | None, settings: dict[str, Any], progress: Callable[..., object], **_: object
+    ) -> VisionLanguageModel:
+        """As `load_checkpoint`, on the cluster; there is nothing to make room for."""
+        progress("Starting replicas", None)
+        settings = settings | {"device": self.device}
+        name = _application_name(source)
+        remote = RemoteModel(self._deploy(name, source, settings))
+        self._loaded[name] = source, settings, remote
+        return cast(VisionLanguageModel, remote)  # all of it that the page uses
+
+    def update(self) -> None:
+        """Load all checkpoints again, as they are now, one replica after another; what is being answered is finished."""
+        for name, (source, settings, remote) in self._loaded.items():
+            try:
+                self._deploy(name, source, settings)
+                remote.refresh()
+                log.info("%s is loaded anew on the cluster", source or EMBEDDED)
+            except PaliGemmaError as error:
+                log.warning("%s cannot be loaded anew, so what was there stays: %s", source or EMBEDDED, error)
+
+    def close(self) -> None:
+        """Take the checkpoints off the cluster, and leave it."""
+        for name, (_, _, remote) in self._loaded.items():
+            remote.close()
+            serve.delete(name, _blocking=False)
+        ray.shutdown()
+
+    def _deploy(self, name: str, source: str | None, settings: dict[str, Any]) -> DeploymentHandle:
+        """Start replicas, or replace those that are there, and wait until they can answer."""
+        least, most = self.replicas
+        deployment = serve.deployment(Replica).options(
+            name="checkpoint",
+            autoscaling_config={
+                "min_replicas": least,
+                "max_replicas": most,
+                "target_ongoing_requests": TARGET_ONGOING_REQUESTS,
+                "upscale_delay_s": UPSCALE_SECONDS,
+                "downscale_delay_s": DOWNSCALE_SECONDS,
+            },
+            max_ongoing_requests=MAX_ROWS,
+            ray_actor_options={"num_cpus": self._cpus, "num_gpus": int(self.device == "cuda")},
+            request_router_config={"request_router_class": ROUTER},
+            graceful_shutdown_timeout_s=LAST_ANSWERS_SECONDS,
+            health_check_period_s=HEALTH_SECONDS,
+            max_constructor_retry_count=1,
+        )
+        try:
+            return serve.run(deployment.bind(source, settings), name=name, route_prefix=None)
+        except RuntimeError as error:
+            sentence = re.search(r"PaliGemmaError: (.*)", str(error))
+            raise PaliGemmaError(
+                sentence[1] if sentence else f"The cluster cannot load {source or EMBEDDED}; please see Ray's log."
+            ) from error
+
+
+def _connect(address: str, settings: dict[str, Any]) -> None:
+    """`ray.init`, with this package sent along, so that the cluster's machines need only what it imports."""
+    package = str(Path(__file__).parents[1])
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address,
+            runtime_env={"py_modules": [package]},
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **settings,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise PaliGemmaError(
+            f"There is no Ray cluster at {address} ({reason}); please start one with: ray start --head"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray has put its own in its place
+
+
+def _application_name(source: str | None) -> str:
+    """The name of a checkpoint's application on the cluster."""
+    words = re.sub(r"[^\w.-]+", "-", source or EMBEDDED).strip("-")
+    return f"paligemma-{words}-{hashlib.sha256((source or '').encode()).hexdigest()[:8]}"
