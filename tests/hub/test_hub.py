@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE, save_checkpoint
+from paligemma.checkpoints.adapters import LoraConfig, save_adapter
 from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma.model import PaliGemma
+from paligemma.training.lora import add_lora, lora_matrices, target_modules
 
 NAME = "google/paligemma-test"
 MEMBER, STRANGER = "hf_member", "hf_stranger"
@@ -188,9 +190,9 @@ def test_index_that_leaves_its_folder_is_refused(hub, small, tmp_path):
     [
         (["model-q4_k.gguf"], None, "holds a GGUF file for llama.cpp"),
         (
-            ["adapter_model.safetensors", "adapter_config.json"],
+            ["adapter_model.bin", "adapter_config.json"],
             None,
-            "holds a LoRA adapter for google/base, and no whole",
+            "holds an adapter only in pickled form (adapter_model.bin)",
         ),
         (["pytorch_model.bin"], {}, "holds its weights only in pickled form (pytorch_model.bin)"),
         (["model.safetensors"], {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantized for gptq"),
@@ -218,6 +220,31 @@ def test_adapter_beside_whole_weights_is_left_out_with_a_warning(hub, small, tmp
     hub.add(NAME, folder)
     assert is_small(load())
     assert f"{NAME}: the LoRA adapter beside the whole weights (for google/base) is not applied" in caplog.text
+
+
+def test_an_adapter_is_fetched_with_its_base_and_only_what_it_takes(hub, small, tmp_path):
+    config = LoraConfig(NAME, 2, 4, target_modules(["decoder"]), revision="float")
+    vlm = paligemma.load(small)
+    add_lora(vlm.model, config)
+    matrices = lora_matrices(vlm.model)
+    for _, up in matrices.values():
+        torch.nn.init.normal_(up)
+    save_adapter(config, matrices, tmp_path / "adapter")
+    for name in ("README.md", "tokenizer.json", "optimizer.pt", "checkpoint-10/adapter_model.safetensors"):
+        (tmp_path / "adapter" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "adapter" / name).write_bytes(bytes(1000))
+    hub.add("ada/adapter", tmp_path / "adapter")
+    hub.add(NAME, small, "float")
+    pixel_values, input_ids = torch.ones(1, 3, 28, 28), torch.tensor([vlm.processor.input_ids("caption en")])
+    expected = vlm.model(pixel_values, input_ids)
+    for adapted in (load("ada/adapter"), load(f"{NAME}@float", adapter="ada/adapter")):
+        torch.testing.assert_close(adapted.model(pixel_values, input_ids), expected, rtol=0, atol=1e-4)
+    paths = {path for method, path, _ in hub.requests if method == "GET" and "/ada/adapter/resolve/" in path}
+    assert {path.rpartition("/")[2] for path in paths} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len(paths) == 2
+    hub.revisions.pop(NAME)
+    shutil.rmtree(tmp_path / "cache")
+    assert f"The Hub knows no repository {NAME}" in refusal("ada/adapter")
 
 
 def test_progress_of_fetching_goes_up_to_the_whole(hub, small):
