@@ -78,11 +78,11 @@ def load(
     if change is not None and source is None:
         source = change.base
     folder = find_folder(source, progress, refuse_too_large)
-    if change is None and _is_adapter(folder):
+    if change is None and holds_adapter(folder):
         change = Adapter(folder)
         source = change.base
         folder = find_folder(source, progress, refuse_too_large)
-    if _is_adapter(folder):
+    if holds_adapter(folder):
         raise PaliGemmaError(f"{source} is an adapter itself; please give a whole model for it, and one adapter.")
     folder, npz = (
         (folder.parent, folder.name) if folder.is_file() else (folder, find_npz(str(folder), os.listdir(folder)))
@@ -144,7 +144,8 @@ def find_folder(
     return download(repository, revision or None, progress, check)
 
 
-def _is_adapter(folder: Path) -> bool:
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder is that of a LoRA adapter, and no whole checkpoint."""
     return folder.is_dir() and is_adapter(os.listdir(folder))
 
 
