@@ -189,8 +189,8 @@ def draw_pairs(painter: Painter, seed: Sequence[int], count: int, size: int) -> 
 class ScenePairs(Dataset[list[tuple[Tensor, Tensor]]]):
     """The batch of each step, of fresh crops."""
 
-    def __init__(self, towers: Towers, painter: Painter):
-        self.towers, self.painter = towers, painter
+    def __init__(self, towers: Towers):
+        self.towers, self.painter = towers, Painter(load_sheet())
 
     def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]]:
         size = self.towers.processor.config.vision.image_size
@@ -275,14 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train both towers, print how well pairs find each other, and write them to `options.output`."""
     device = choose_device(options.device)
+    pairs = None if options.data is None else split_pairs(options.data, options.held_back)
     processor = processor_of(replace(VISION, image_size=options.image_size))
-    painter = Painter(load_sheet())
-    if options.data is None:
+    if pairs is None:
         own: list[tuple[Path, str]] = []
-        held_back = draw_pairs(painter, [EVALUATION_SEED], EVALUATION_CROPS, options.image_size)
+        held_back = draw_pairs(Painter(load_sheet()), [EVALUATION_SEED], EVALUATION_CROPS, options.image_size)
         texts = [text for _, text in held_back]
     else:
-        own, held_back = split_pairs(options.data, options.held_back)
+        own, held_back = pairs
         texts = [text for _, text in own]
     longest = max(len(ids.ids) for ids in processor.tokenizer.encode_batch(texts, add_special_tokens=False))
     torch.manual_seed(0)
@@ -290,7 +290,7 @@ def train(options: argparse.Namespace) -> None:
     drawn = list({text: (image, text) for image, text in held_back}.values())[:DRAWN_PAIRS]
     before = towers.similarity(*zip(*drawn))
     run = Run("contrastive", towers, options.output, options.steps, PEAK)
-    run.train(OwnPairs(towers, own) if own else ScenePairs(towers, painter), lambda batch: towers.losses(*batch))
+    run.train(OwnPairs(towers, own) if own else ScenePairs(towers), lambda batch: towers.losses(*batch))
     figures = retrieval(towers, held_back) | ({} if own else zero_shot(towers, held_back))
     print(f"Of {len(held_back)} pairs that were held back:")
     for name, share in figures.items():

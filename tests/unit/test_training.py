@@ -119,10 +119,9 @@ class Adder(nn.Module):
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 5)
-    monkeypatch.setattr(loop, "SAVE_EVERY", 10)
     monkeypatch.setattr(loop, "LOSS_SMOOTHING", 0.5)
     whole, killed, resumed = Adder(), Adder(), Adder()
-    Run("adder", whole, tmp_path / "whole", 40, 0.1).train(Numbers(), whole.losses)
+    Run("adder", whole, tmp_path / "whole", 40, 0.1, save_every=10).train(Numbers(), whole.losses)
 
     calls = []
 
@@ -133,8 +132,8 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
         return killed.losses(inputs)
 
     with pytest.raises(KeyboardInterrupt):
-        Run("adder", killed, tmp_path / "killed", 40, 0.1).train(Numbers(), losses, workers=0)
-    run = Run("adder", resumed, tmp_path / "killed", 40, 0.1)
+        Run("adder", killed, tmp_path / "killed", 40, 0.1, save_every=10).train(Numbers(), losses, workers=0)
+    run = Run("adder", resumed, tmp_path / "killed", 40, 0.1, save_every=10)
     assert run.step == 20, "the last save"
     run.train(Numbers(), resumed.losses)
 
