@@ -280,7 +280,8 @@ def _serve(arguments: argparse.Namespace, uploads: Path, ending: threading.Event
     except paligemma.PaliGemmaError as error:
         return str(error)
     load = cluster.load if cluster else load_checkpoint
-    models = Models(sources, partial(load, settings=loading), borrow_gpu=borrow_gpu)
+    adapters = {sources[0]: arguments.adapter} if arguments.adapter else {}
+    models = Models(sources, partial(load, settings=loading, adapters=adapters), borrow_gpu=borrow_gpu)
     if IS_ZERO_GPU:
         models.load_all()
     page = build_page(models)
@@ -342,6 +343,7 @@ def _parse_arguments() -> argparse.Namespace:
 
     add("model", "folder or Hub id[@revision]")
     add("models", f"several of them, with commas between, for a menu; `{EMBEDDED}` is the small one that ships inside")
+    add("adapter", "a LoRA adapter for --model, a folder or Hub id; it can be given as --model as well")
     add("device", "cpu, cuda or mps")
     add("dtype", "auto, float32, bfloat16, float16 or int8 (x86 CPUs)")
     add("tokenizer", "a tokenizer.json, or a folder that holds one, for all checkpoints but the embedded one")
@@ -376,6 +378,8 @@ def _parse_arguments() -> argparse.Namespace:
         hosting.check_address(arguments.host, arguments.port)
     except paligemma.PaliGemmaError as error:
         parser.error(str(error))
+    if not arguments.model and arguments.adapter:  # its config names the model
+        arguments.model, arguments.adapter = arguments.adapter, None
     names = [arguments.model or "", *(arguments.models or "").split(",")]
     arguments.sources = list(dict.fromkeys(filter(None, map(str.strip, names)))) or [EMBEDDED]
     return arguments

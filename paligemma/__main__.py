@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="for example: caption en")
     parser.add_argument("--model", metavar="SOURCE", help="a folder or a Hub id (default: the embedded checkpoint)")
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json (default: the one beside the checkpoint)")
+    parser.add_argument("--adapter", metavar="SOURCE", help="a LoRA adapter for it; can be given as --model as well")
     parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or int8")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="the answer's longest length")
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="the same one gives the same answer")
     settings = vars(parser.parse_intermixed_args(arguments))
     paths, prompt, source = (settings.pop(name) for name in ("images", "prompt", "model"))
-    loading = {name: settings.pop(name) for name in ("device", "dtype", "tokenizer")}
+    loading = {name: settings.pop(name) for name in ("device", "dtype", "tokenizer", "adapter")}
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # characters that a terminal cannot show are no reason to end
     try:

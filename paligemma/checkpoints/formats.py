@@ -13,14 +13,16 @@ from ..config import PaliGemmaError
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# The files of a LoRA adapter, as peft names them.
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 
-# In place of weights: which files, what they hold, what to do. `{name}` is the file, `{base}` an adapter's model.
+# In place of weights: which files, what they hold, what to do. `{name}` is the file.
 OTHER_FILES = [
     (
-        "adapter_*",
-        "a LoRA adapter for {base}, and no whole model",
-        "merge the two with peft's merge_and_unload, and load the folder that save_pretrained makes of the result",
+        "adapter_model.bin",
+        "an adapter only in pickled form ({name})",
+        "write it as safetensors: PeftModel.from_pretrained and then save_pretrained of peft do",
     ),
     ("*.gguf", "a GGUF file for llama.cpp", "choose the checkpoint that it was made from"),
     (
@@ -63,13 +65,13 @@ def check_format(where: str, folder: Path, names: Collection[str]) -> None:
     Raises:
         PaliGemmaError: says what it is, and what to do.
     """
+    if is_adapter(names):
+        return
     has_weights = SINGLE_FILE in names or INDEX_FILE in names
-    base = _read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or "another model"
     for pattern, content, advice in OTHER_FILES:
         found = sorted(name for name in names if fnmatch(name, pattern))
         if found and not has_weights:
-            content = content.format(name=found[0], base=base)
-            raise PaliGemmaError(f"{where} holds {content}; please {advice}.")
+            raise PaliGemmaError(f"{where} holds {content.format(name=found[0])}; please {advice}.")
     config = _read_json(folder / CONFIG_FILE)
     quantization = config.get("quantization_config") or config.get("quantization")
     if quantization:
@@ -77,13 +79,19 @@ def check_format(where: str, folder: Path, names: Collection[str]) -> None:
         method = method or ("MLX" if "quantization" in config else "bitsandbytes")
         raise PaliGemmaError(f"{where} holds weights quantized for {method}, which cannot be read here; {ADVICE}.")
     if ADAPTER_CONFIG_FILE in names:
+        base = _read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or "another model"
         log.warning("%s: the LoRA adapter beside the whole weights (for %s) is not applied", where, base)
+
+
+def is_adapter(names: Collection[str]) -> bool:
+    """Whether files of these names are a LoRA adapter, and no whole model."""
+    return ADAPTER_CONFIG_FILE in names and ADAPTER_FILE in names and not {SINGLE_FILE, INDEX_FILE} & set(names)
 
 
 def foreign_tensors(keys: Collection[str], metadata: Mapping[str, str] | None) -> str | None:
     """What a safetensors file of another program holds, and what to do, by its keys and metadata; None if it is ours."""
     if any(".lora_A." in key for key in keys):
-        return "a LoRA adapter; please merge it into its model with peft's merge_and_unload"
+        return f"a LoRA adapter; please name it {ADAPTER_FILE}, with its {ADAPTER_CONFIG_FILE} beside it"
     programs = ["MLX"] if (metadata or {}).get("format") == "mlx" else []
     programs += [program for part, program in OTHER_TENSORS.items() if any(part in key for key in keys)]
     return f"weights in the format of {programs[0]}, which cannot be read here; {ADVICE}" if programs else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from .big_vision import find_npz
-from .formats import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, check_format
+from .formats import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, INDEX_FILE, check_format, is_adapter
 from .weights import Progress, ignore, weight_names
 
 # Files of some kilobytes, which tell whether the others can be used.
@@ -20,7 +20,7 @@ DESCRIPTIONS = [CONFIG_FILE, "generation_config.json", ADAPTER_CONFIG_FILE, INDE
 def download(
     repository: str, revision: str | None, progress: Progress, check: Callable[[PaliGemmaConfig], object] = ignore
 ) -> Path:
-    """Fetch what a checkpoint needs, with progress bars, unless it is in the cache already.
+    """Fetch what a checkpoint, or an adapter of one, needs, with progress bars, unless it is in the cache already.
 
     Args:
         repository, revision: on the Hub.
@@ -52,20 +52,25 @@ def download(
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=DESCRIPTIONS))
         names = _names(repository, folder)
         check_format(repository, folder, names)
-        npz = find_npz(repository, names)
-        if npz is None:
-            check(PaliGemmaConfig.from_file(folder / CONFIG_FILE))
-        weights = weight_names(folder, names) if npz is None else [npz]
-        if missing := [name for name in weights if name not in names]:
-            raise PaliGemmaError(
-                f"{repository} lacks {missing[0]}, which its index lists; please choose another revision."
-            )
-        wanted = ["tokenizer.json", *MASK_DECODER_FILES, *map(escape, weights)]
+        wanted = [ADAPTER_FILE] if is_adapter(names) else _names_of_checkpoint(repository, folder, names, check)
         # The folder is named after its commit: what is fetched belongs together, and the cache can answer by itself.
         snapshot_download(repository, revision=folder.name, allow_patterns=wanted, tqdm_class=ReportingBar)
         return folder
     except (errors.HfHubHTTPError, errors.HTTPError, errors.HFValidationError, OSError) as error:
         raise PaliGemmaError(_explain(error, repository, revision)) from error
+
+
+def _names_of_checkpoint(
+    repository: str, folder: Path, names: set[str], check: Callable[[PaliGemmaConfig], object]
+) -> list[str]:
+    """Patterns of the files to fetch beside the descriptions."""
+    npz = find_npz(repository, names)
+    if npz is None:
+        check(PaliGemmaConfig.from_file(folder / CONFIG_FILE))
+    weights = weight_names(folder, names) if npz is None else [npz]
+    if missing := [name for name in weights if name not in names]:
+        raise PaliGemmaError(f"{repository} lacks {missing[0]}, which its index lists; please choose another revision.")
+    return ["tokenizer.json", *MASK_DECODER_FILES, *map(escape, weights)]
 
 
 def _names(repository: str, folder: Path) -> set[str]:

@@ -25,8 +25,9 @@ from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from ..mask_decoder import MaskDecoder
 from ..model import PaliGemma
 from ..processor import Processor
+from .adapters import Adapter
 from .big_vision import BigVisionFile, find_npz
-from .formats import CONFIG_FILE, check_format
+from .formats import CONFIG_FILE, check_format, is_adapter
 from .hub import download
 from .memory import check_fits, weight_bytes
 from .quantized import load_int8_weights
@@ -43,12 +44,14 @@ def load(
     progress: Progress = ignore,
     make_room: Callable[[int], object] = ignore,
     tokenizer: str | os.PathLike | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> VisionLanguageModel:
     """Load a checkpoint and all that it takes to use it.
 
     Args:
         source: None for the embedded checkpoint, a folder, or a Hub id such as `google/paligemma-3b-mix-224`, which a
-            branch, tag or commit may follow: `google/paligemma-3b-mix-224@bfloat16`. Or an `.npz` file of big_vision.
+            branch, tag or commit may follow: `google/paligemma-3b-mix-224@bfloat16`. Or an `.npz` file of big_vision. Or
+            a LoRA adapter, whose config names its model.
         device: where to run; None takes a GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
             are kept next to the Hub's cache, so that they are made once.
@@ -56,6 +59,8 @@ def load(
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
         tokenizer: a `tokenizer.json`, or a folder that holds one; None takes the one beside the checkpoint.
+        adapter: a LoRA adapter in peft's files, a folder or a Hub id, which is merged into the weights. Where `source` is
+            None, its config names the model.
 
     Raises:
         PaliGemmaError: the checkpoint cannot be found, reached, read or run; the sentence says what to do.
@@ -69,7 +74,16 @@ def load(
         name = "The embedded checkpoint" if source is None else str(source)
         check_fits(name, empty_model(config), wanted or smallest_dtype(device), device, total_memory(device))
 
+    change = None if adapter is None else Adapter(find_folder(adapter, progress))
+    if change is not None and source is None:
+        source = change.base
     folder = find_folder(source, progress, refuse_too_large)
+    if change is None and holds_adapter(folder):
+        change = Adapter(folder)
+        source = change.base
+        folder = find_folder(source, progress, refuse_too_large)
+    if holds_adapter(folder):
+        raise PaliGemmaError(f"{source} is an adapter itself; please give a whole model for it, and one adapter.")
     folder, npz = (
         (folder.parent, folder.name) if folder.is_file() else (folder, find_npz(str(folder), os.listdir(folder)))
     )
@@ -79,8 +93,10 @@ def load(
     with explained_lack_of_memory(device):
         tensors = find_tensors([folder / npz] if npz else weight_files(folder))
         config, tensors = resolve_output_layer(processor.config, tensors)
+        check_tensors(empty_model(config), tensors, folder)
+        if change is not None:
+            config, tensors = change.apply(config, tensors)
         model = empty_model(config)
-        check_tensors(model, tensors, folder)
         if device.type == "cpu":
             torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
         weight_dtype = wanted or choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
@@ -126,6 +142,11 @@ def find_folder(
     if folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") != 1:
         raise PaliGemmaError(f"There is no folder {source}; please give a folder or a Hub id such as owner/name.")
     return download(repository, revision or None, progress, check)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder is that of a LoRA adapter, and no whole checkpoint."""
+    return folder.is_dir() and is_adapter(os.listdir(folder))
 
 
 def find_tokenizer(place: Path) -> Path:

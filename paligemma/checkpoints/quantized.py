@@ -100,7 +100,7 @@ def find_store(weights: Tensors, sizes: Mapping[str, int], progress: Progress = 
     """
     from huggingface_hub.utils import WeakFileLock
 
-    folder = int8_folder(sorted({file for file, _ in weights.values()}))
+    folder = int8_folder(sorted({file for place in weights.values() for file in place.files}))
     keys = {key for name in weights for key in (name, _scale_of(name))}
     stored = _stored_files(folder, keys)
     if stored is not None:
@@ -159,7 +159,7 @@ def _remove_outdated(parent: Path) -> None:
 def _write(weights: Tensors, sizes: Mapping[str, int], folder: Path, progress: Progress) -> None:
     """Quantize tensor by tensor into files of `folder`: memory holds little of them at any time."""
     unfinished = folder.with_name(UNFINISHED + folder.name)
-    state = _state_of(sorted({file.resolve() for file, _ in weights.values()}))
+    state = _state_of(sorted({file.resolve() for place in weights.values() for file in place.files}))
     done, total = 0, sum(sizes[name] for name in weights)
     shard: dict[str, Tensor] = {}
     try:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ from ..config import PaliGemmaConfig, PaliGemmaError
 from ..hardware import lack_of_memory
 from ..model import PaliGemma
 from .big_vision import BigVisionFile
-from .formats import INDEX_FILE, SINGLE_FILE, foreign_tensors
+from .formats import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, foreign_tensors
 
 EMBEDDING = "language_model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
@@ -27,8 +28,45 @@ UNUSED_PREFIX = "vision_tower.head."  # a pooling head that SigLIP has and PaliG
 # How safetensors names what torch calls otherwise.
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
-# The names of a model's parameters, each with the file that holds it and its key there.
-Tensors = dict[str, tuple[Path, str]]
+
+class LowRankUpdate(NamedTuple):
+    """What a LoRA adapter (arXiv 2106.09685) adds to a weight: scaling * B @ A.
+
+    file: that of the adapter. down, up: the keys there of A, [rank, in], and B, [out, rank]; those of a convolution have
+        its kernel's dimensions as well. is_embedding: whether the weight is that of an embedding, [in, out].
+    """
+
+    file: Path
+    down: str
+    up: str
+    scaling: float
+    is_embedding: bool = False
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """The weight with the update, float32 of the same shape."""
+        down, up = (read_tensor(self.file, key).float().flatten(1) for key in (self.down, self.up))
+        product = up @ down
+        product = product.T if self.is_embedding else product.view(weight.shape)
+        return weight.float().add(product, alpha=self.scaling)
+
+
+class Place(NamedTuple):
+    """Where a parameter is: a file, the key there, and what an adapter adds to it."""
+
+    file: Path
+    key: str
+    update: LowRankUpdate | None = None
+
+    @property
+    def files(self) -> set[Path]:
+        """All files that the parameter depends on; of an adapter also its config, which has the scaling."""
+        if self.update is None:
+            return {self.file}
+        return {self.file, self.update.file, self.update.file.with_name(ADAPTER_CONFIG_FILE)}
+
+
+# The names of a model's parameters, each with its place.
+Tensors = dict[str, Place]
 # Called with what is being done and how much of it is, 0 to 1, or None if that is not known.
 Progress = Callable[[str, float | None], None]
 
@@ -87,7 +125,7 @@ def find_tensors(files: Collection[Path]) -> Tensors:
             for key in mapped.keys():
                 name = canonical_name(key)
                 if not name.startswith(UNUSED_PREFIX) and not name.endswith(COMPUTED_SUFFIXES):
-                    found[name] = file, key
+                    found[name] = Place(file, key)
     return found
 
 
@@ -109,12 +147,12 @@ def resolve_output_layer(config: PaliGemmaConfig, tensors: Tensors) -> tuple[Pal
 def check_tensors(model: PaliGemma, tensors: Tensors, where: Path) -> None:
     """Raise PaliGemmaError unless `tensors` are the parameters of `model`, all of them and in their shapes."""
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, (file, key) in tensors.items():
+    for name, (file, key, _) in tensors.items():
         if name not in expected:
             raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
-    for file in dict.fromkeys(file for file, _ in tensors.values()):
+    for file in dict.fromkeys(place.file for place in tensors.values()):
         with open_file(file) as mapped:
-            for name, (of, key) in tensors.items():
+            for name, (of, key, _) in tensors.items():
                 shape = mapped.get_slice(key).get_shape() if of == file else expected[name]
                 if shape != expected[name]:
                     raise PaliGemmaError(f"{file}: {key} has the shape {shape}, expected {expected[name]}.")
@@ -133,21 +171,23 @@ def load_weights(
     On a CPU, tensors that already have the right dtype stay where they are: they are views of the mapped file. Others
     are cast one by one, each through a mapping of its own, so that what has been read does not stay resident.
     """
-    mapped = {file: open_file(file) for file in {file for file, _ in tensors.values()}}
-    for number, (name, (file, key)) in enumerate(tensors.items()):
+    mapped = {file: open_file(file) for file in {place.file for place in tensors.values()}}
+    for number, (name, place) in enumerate(tensors.items()):
         progress("Reading the weights", number / len(tensors))
-        if mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
-            tensor = mapped[file].get_tensor(key)
+        file = mapped[place.file]
+        if place.update is None and file.get_slice(place.key).get_dtype() == STORED_DTYPES[dtype]:
+            tensor = file.get_tensor(place.key)
         else:
-            tensor = read_tensor(file, key).to(dtype)  # before it is moved, since not every device knows float8
+            tensor = read_tensor(*place).to(dtype)  # before it is moved, since not every device knows float8
         set_by_name(model, name, nn.Parameter(tensor.to(device), requires_grad=False))
     model.language_model.rotary.to(device)
 
 
-def read_tensor(file: Path, key: str) -> Tensor:
-    """One tensor, as a view of a mapping that ends with it."""
+def read_tensor(file: Path, key: str, update: LowRankUpdate | None = None) -> Tensor:
+    """One tensor, as a view of a mapping that ends with it; or its sum with an update, in float32."""
     with open_file(file) as mapped:
-        return mapped.get_tensor(key)
+        tensor = mapped.get_tensor(key)
+    return tensor if update is None else update.add_to(tensor)
 
 
 def set_by_name(model: PaliGemma, name: str, value: nn.Parameter | nn.Module) -> None:

@@ -15,7 +15,7 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -277,11 +277,16 @@ class Cluster:
         return MAX_ROWS * self.replicas[1]
 
     def load(
-        self, source: str | None, settings: dict[str, Any], progress: Callable[..., object], **_: object
+        self,
+        source: str | None,
+        settings: dict[str, Any],
+        progress: Callable[..., object],
+        adapters: Mapping[str | None, str] | None = None,
+        **_: object,
     ) -> VisionLanguageModel:
         """As `load_checkpoint`, on the cluster; there is nothing to make room for."""
         progress("Starting replicas", None)
-        settings = settings | {"device": self.device}
+        settings = settings | {"device": self.device, "adapter": (adapters or {}).get(source)}
         name = _application_name(source)
         remote = RemoteModel(self._deploy(name, source, settings))
         self._loaded[name] = source, settings, remote

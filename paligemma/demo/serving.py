@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
@@ -36,15 +36,20 @@ log = logging.getLogger(__name__)
 
 
 def load_checkpoint(
-    source: str | None, settings: dict[str, Any], **callbacks: Callable[..., None]
+    source: str | None,
+    settings: dict[str, Any],
+    adapters: Mapping[str | None, str] | None = None,
+    **callbacks: Callable[..., None],
 ) -> VisionLanguageModel:
     """`paligemma.load`, imported when it is called, since it brings torch: a page can be served before.
 
-    A tokenizer among the settings is not for the embedded checkpoint, which has its own.
+    A tokenizer among the settings is not for the embedded checkpoint, which has its own. `adapters` are by their source.
     """
     import paligemma
 
-    own = {"tokenizer": None} if source is None else {}
+    own: dict[str, Any] = {"adapter": adapters[source]} if adapters and source in adapters else {}
+    if source is None:
+        own["tokenizer"] = None
     return paligemma.load(source, **(settings | own | callbacks))
 
 

@@ -94,7 +94,12 @@ def caption(scene: Scene) -> str:
     for kind in dict.fromkeys(thing.kind for thing in _from_left_to_right(scene)):
         count = scene.count(kind)
         parts.append(_with_article(KINDS[kind].name) if count == 1 else f"{count} {KINDS[kind].plural}")
-    return _on_background(parts, scene)
+    return _on_background(parts, scene.background)
+
+
+def caption_of_one(kind: int, background: str) -> str:
+    """The caption of a scene with a single object: `a guitar on a blue background`."""
+    return _on_background([_with_article(KINDS[kind].name)], background)
 
 
 def description(scene: Scene) -> str:
@@ -105,7 +110,7 @@ def description(scene: Scene) -> str:
         phrase = " ".join(filter(None, (size, thing.color, KINDS[thing.kind].name)))
         row, column = (min(2, int(3 * middle)) for middle in _center(thing))
         parts.append(f"{_with_article(phrase)} {PLACES[row][column]}")
-    return _on_background(parts, scene)
+    return _on_background(parts, scene.background)
 
 
 def neighbor(scene: Scene, direction: str, kind: int) -> str | None:
@@ -171,10 +176,10 @@ def _center(thing: SceneObject) -> np.ndarray:
     return (np.array(thing.box[:2]) + thing.box[2:]) / 2
 
 
-def _on_background(parts: list[str], scene: Scene) -> str:
+def _on_background(parts: list[str], background: str) -> str:
     """`a on a red background`, `a and b on …`, `a, b and c on …`."""
     listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-    return f"{listed} on {_with_article(scene.background)} background"
+    return f"{listed} on {_with_article(background)} background"
 
 
 def _with_article(noun: str) -> str:

@@ -1,9 +1,10 @@
-"""How well a checkpoint answers questions about fresh scenes."""
+"""How well a checkpoint answers: questions about fresh scenes, and the rows of a file."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ SCENE_SIZE = 336  # pixels, as the page's new scenes
 SEED = 20_000_000
 IOU_TO_MATCH = 0.5
 MAX_NEW_TOKENS = 160  # six masks
+BoxedT = TypeVar("BoxedT", Detection, SceneObject)
 PLURALS = {kind.plural: kind.name for kind in KINDS}
 # In the order of a table. What is named after a task is the share of answers that are exactly right.
 FIGURES = (
@@ -112,7 +114,26 @@ def kinds_in_caption(text: str) -> set[str]:
     return {PLURALS.get(name, name) for name in names} - {""}
 
 
-def match(detections: Sequence[Detection], objects: Sequence[SceneObject]) -> list[tuple[Detection, SceneObject]]:
+def answer_figures(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """How well answers agree with the true ones, from 0 to 1.
+
+    Returns:
+        the share that is exactly right, white space at the ends aside; and where true answers hold boxes, the F1 of all
+        boxes together: those of the same label that overlap by half, or more, are right.
+    """
+    figures = {"exact match": float(np.mean([one.strip() == true.strip() for one, true in zip(answers, truths)]))}
+    found, true = ([find_detections(text) for text in texts] for texts in (answers, truths))
+    if any(true):
+        pairs = sum(
+            len(match([one for one in ours if one.label == label], [one for one in theirs if one.label == label]))
+            for ours, theirs in zip(found, true)
+            for label in {one.label for one in theirs}
+        )
+        figures["box F1"] = 2 * pairs / sum(map(len, [*found, *true]))
+    return figures
+
+
+def match(detections: Sequence[Detection], objects: Sequence[BoxedT]) -> list[tuple[Detection, BoxedT]]:
     """Pairs of a detection and an object whose boxes overlap enough, each used once."""
     free, pairs = list(objects), []
     for detection in detections:

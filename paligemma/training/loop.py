@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,39 @@ LOSS_SMOOTHING = 0.98
 BatchT = TypeVar("BatchT")
 
 
+def ignore() -> None:
+    """What is done before a save where there is nothing to do."""
+
+
+class Log:
+    """A CSV file of figures, each row with the step that it was written at."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, row: Mapping[str, object]) -> None:
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def rows(self) -> list[dict[str, float]]:
+        """All rows, by the names of the figures; none if there is no file."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    def forget_after(self, step: int) -> None:
+        """Remove the rows of later steps, which are about to be done again, and one that was not written to its end."""
+        if self.path.exists():
+            header, *rows = self.path.read_text().splitlines(keepends=True) or [""]
+            kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
+            self.path.write_text(header + "".join(kept)) if kept else self.path.unlink()
+
+
 class Run:
     """A training run; one that was interrupted goes on from its last save when it is given the same folder.
 
@@ -39,82 +72,93 @@ class Run:
         name: of the log, `{name}.csv`, and the save, `{name}.pt`, in `folder`.
         steps: the number of the last step.
         peak: the learning rate after warm-up, from which half a cosine goes down to zero at the last step.
+        save_every: steps between two saves.
 
     Raises:
         PaliGemmaError: the save is of a module with other parameters.
     """
 
-    def __init__(self, name: str, module: nn.Module, folder: Path, steps: int, peak: float):
+    def __init__(
+        self, name: str, module: nn.Module, folder: Path, steps: int, peak: float, save_every: int = SAVE_EVERY
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.name, self.module, self.steps, self.peak = name, module, steps, peak
-        self.log_path, self.save_path = folder / f"{name}.csv", folder / f"{name}.pt"
+        self.name, self.module, self.steps, self.peak, self.save_every = name, module, steps, peak, save_every
+        self.log, self.save_path = Log(folder / f"{name}.csv"), folder / f"{name}.pt"
         self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(_groups(self.parameters.values()), lr=peak, betas=BETAS, fused=True)
         self.step = 0
         self.averages: dict[str, float] = {}
         if self.save_path.exists():
             self._resume()
-        else:
-            self.log_path.unlink(missing_ok=True)  # of a run that ended before its first save
+        self.log.forget_after(self.step)
         self._last_log = (self.step, time.monotonic())
 
-    def train(self, batches: Dataset[BatchT], losses: Callable[[BatchT], dict[str, Tensor]], workers: int = 1) -> None:
+    def train(
+        self,
+        batches: Dataset[Sequence[BatchT]],
+        losses: Callable[[BatchT], dict[str, Tensor]],
+        workers: int = 1,
+        before_save: Callable[[], None] = ignore,
+    ) -> None:
         """Train until the last step.
 
         Args:
-            batches: the batch of each step by the step's number, so that an interruption changes no batch.
+            batches: the batches of each step by the step's number, so that an interruption changes none. They go through
+                the module one after the other, and their gradients are added up.
             losses: named losses of a batch, float scalars; the gradient is that of their sum.
             workers: processes that prepare batches ahead; 0 prepares them in this one.
+            before_save: called when a save is about to be made.
 
         Raises:
             PaliGemmaError: a loss is not finite.
         """
-        device = next(iter(self.parameters.values())).device
         loader = DataLoader(batches, batch_size=None, sampler=range(self.step, self.steps), num_workers=workers)
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10) as bar:
-            for batch in loader:
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    parts = losses(batch)
+            for batches_of_step in loader:
                 rate = learning_rate(self.step, self.steps, self.peak)
-                self._update(parts, rate)
-                if self.step % LOG_EVERY == 0:
+                self._update(batches_of_step, losses, rate)
+                if self.step % LOG_EVERY == 0 or self.step == self.steps:
                     self._log(rate)
-                if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+                if self.step % self.save_every == 0 or self.step == self.steps:
+                    before_save()
                     self._save()
                 bar.update()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in self.averages.items()}, refresh=False)
 
-    def _update(self, parts: dict[str, Tensor], rate: float) -> None:
-        """One step down the sum of the losses."""
+    def _update(self, batches: Sequence[BatchT], losses: Callable[[BatchT], dict[str, Tensor]], rate: float) -> None:
+        """One step down the sum of the losses of all batches."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        values = torch.stack(list(parts.values()))
-        if not values.isfinite().all():
-            raise PaliGemmaError(f"A loss is not finite after {self.step} steps; please choose a lower learning rate.")
-        values.sum().backward()
+        sums: dict[str, float] = {}
+        for batch in batches:
+            parts = losses(batch)
+            values = torch.stack(list(parts.values()))
+            if not values.isfinite().all():
+                raise PaliGemmaError(
+                    f"A loss is not finite after {self.step} steps; please choose a lower learning rate."
+                )
+            values.sum().backward()
+            for name, value in zip(parts, values.tolist()):
+                sums[name] = sums.get(name, 0.0) + value
         nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.step += 1
-        for name, value in zip(parts, values.tolist()):
+        for name, value in sums.items():
             before = self.averages.get(name, value)
             self.averages[name] = LOSS_SMOOTHING * before + (1 - LOSS_SMOOTHING) * value
 
     def _log(self, rate: float) -> None:
         step, then = self._last_log
         self._last_log = (self.step, time.monotonic())
-        row = {
-            "step": self.step,
-            "learning_rate": f"{rate:.2e}",
-            "steps_per_second": round((self.step - step) / (self._last_log[1] - then), 2),
-            **{name: round(value, 4) for name, value in self.averages.items()},
-        }
-        is_new = not self.log_path.exists()
-        with self.log_path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        self.log.append(
+            {
+                "step": self.step,
+                "learning_rate": f"{rate:.2e}",
+                "steps_per_second": round((self.step - step) / (self._last_log[1] - then), 2),
+                **{name: round(value, 4) for name, value in self.averages.items()},
+            }
+        )
 
     def _save(self) -> None:
         state = {
@@ -137,11 +181,6 @@ class Run:
         self.module.load_state_dict(state["parameters"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.averages = state["step"], state["averages"]
-        # What was logged after the save is about to be done, and logged, again.
-        if self.log_path.exists():
-            header, *rows = self.log_path.read_text().splitlines(keepends=True)
-            kept = [row for row in rows if int(row.partition(",")[0]) <= self.step]
-            self.log_path.write_text(header + "".join(kept))
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -153,9 +192,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def checkpoint_gradients(layers: nn.ModuleList) -> None:
-    """Make each layer keep only its input and compute the rest again on the way back: less memory, a third more work."""
-    for layer in layers:
+def checkpoint_gradients(layers: Iterable[nn.Module], interval: int = 1) -> None:
+    """Make one layer in each interval keep only its input and compute the rest again on the way back.
+
+    Each layer: the least memory, for a third more work; every second one: half of both.
+    """
+    for layer in list(layers)[::interval]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from ..model import PaliGemma
+    from .data import Batch
 
 NO_LABEL = -100
 
@@ -27,7 +32,21 @@ def prefix_lm_loss(hidden_states: Tensor, labels: Tensor, output_layer: Callable
     return F.cross_entropy(output_layer(hidden_states[labeled]).float(), labels[labeled])
 
 
-def siglip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, chunk_size: int = 256) -> Tensor:
+def answer_loss(model: PaliGemma, batch: Batch) -> Tensor:
+    """`prefix_lm_loss` of a model on a batch: float32 scalar, in nats."""
+    features = model.image_features(batch.pixel_values.to(model.dtype))
+    hidden_states = model.hidden_states(features, batch.input_ids, batch.prefix_lengths, batch.attention_mask)
+    return prefix_lm_loss(hidden_states, batch.labels, model.logits)
+
+
+def siglip_loss(
+    images: Tensor,
+    texts: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    captions: Tensor | None = None,
+    chunk_size: int = 256,
+) -> Tensor:
     """Each pair of an image and a text is a binary classification of its own (SigLIP, arXiv 2303.15343, algorithm 1).
 
     Minus the sum of log-sigmoid(label * (exp(log_scale) * cosine + bias)), divided by the batch size; the label is 1
@@ -37,31 +56,40 @@ def siglip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, 
     Args:
         images, texts: float [B, width], not normalized.
         log_scale, bias: learned float scalars.
+        captions: int64 [B], the same number where two texts are alike: an image and another's text that is alike are no
+            negative, and are left out. None: all differ.
 
     Returns:
         float scalar, in nats.
     """
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
+    captions = torch.arange(len(texts), device=texts.device) if captions is None else captions
     total = images.new_zeros(())
     for first in range(0, len(texts), chunk_size):
         chunk = texts[first : first + chunk_size]
-        total = total + checkpoint(_siglip_chunk, images, chunk, first, log_scale, bias, use_reentrant=False)
+        total = total + checkpoint(_siglip_chunk, images, chunk, first, captions, log_scale, bias, use_reentrant=False)
     return total / len(images)
 
 
-def _siglip_chunk(images: Tensor, texts: Tensor, first: int, log_scale: Tensor, bias: Tensor) -> Tensor:
+def _siglip_chunk(
+    images: Tensor, texts: Tensor, first: int, captions: Tensor, log_scale: Tensor, bias: Tensor
+) -> Tensor:
     """The sum of the losses of all images with some texts, of which the first belongs to the image `first`."""
     logits = images @ texts.T * log_scale.exp() + bias  # [B, chunk]
     labels = torch.full_like(logits, -1)
+    labels.masked_fill_(captions[:, None] == captions[first : first + len(texts)], 0)
     labels[first : first + len(texts)].fill_diagonal_(1)
-    return -F.logsigmoid(labels * logits).sum()
+    return (-F.logsigmoid(labels * logits) * labels.abs()).sum()
 
 
-def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
+def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, captions: Tensor | None = None) -> Tensor:
     """Which text belongs to each image, and which image to each text (CLIP, arXiv 2103.00020, figure 3).
 
     The mean of the two cross-entropies, in nats; arguments as for `siglip_loss`.
     """
     logits = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T * log_scale.exp()
     own = torch.arange(len(logits), device=logits.device)
+    if captions is not None:
+        is_alike = (captions[:, None] == captions) & (own[:, None] != own)
+        logits = logits.masked_fill(is_alike, -torch.inf)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

@@ -1,5 +1,6 @@
-"""A small stand-in for the Hugging Face Hub: the routes that downloading a snapshot asks for, answered as it does."""
+"""A small stand-in for the Hugging Face Hub: the routes of downloads and uploads, answered as it does."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -19,6 +20,9 @@ class HubServer:
     failing: parts of a path, such as `/api/`, at which the server answers 500.
     cut: parts of a path, to how many more times the server closes the connection there in the middle of the body.
     answer_about_unknown: what it answers to strangers about repositories that it does not have.
+    uploads: where repositories are kept that somebody makes, of models under their id, of Spaces under `spaces/` and theirs.
+    writers: tokens that may make them.
+    variables: those of a Space, by the same names.
     requests: what was asked so far, as (method, path, authorization).
     """
 
@@ -29,6 +33,9 @@ class HubServer:
         self.forbidden: set[str] = set()
         self.failing: tuple[str, ...] = ()
         self.cut: dict[str, int] = {}
+        self.uploads = Path()
+        self.writers: set[str] = set()
+        self.variables: dict[str, dict[str, str]] = {}
         self.answer_about_unknown = "Invalid username or password."
         self.requests: list[tuple[str, str, str | None]] = []
         hub = self
@@ -73,6 +80,44 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self._answer()
+
+    def do_POST(self):
+        hub, path = self.server_state, unquote(urlsplit(self.path).path)
+        authorization = self.headers.get("Authorization")
+        hub.requests.append((self.command, path, authorization))
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if (authorization or "").removeprefix("Bearer ") not in hub.writers:
+            return self._refuse(401, message="Invalid username or password.")
+        if path == "/api/repos/create":
+            return self._create(json.loads(content))
+        _, _, kind, owner, name, route, *_ = path.split("/")
+        repository = f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}"
+        if route == "preupload":
+            files = json.loads(content)["files"]
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            return self._send_json({"files": modes})
+        assert route == "commit", path
+        for line in content.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                file = hub.revisions[repository]["main"] / entry["value"]["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(entry["value"]["content"]))
+        url = f"{hub.url}/{repository}/commit/{commit_of(repository, 'main')}"
+        return self._send_json({"success": True, "commitOid": commit_of(repository, "main"), "commitUrl": url})
+
+    def _create(self, wanted):
+        hub, repository = self.server_state, f"{wanted['organization']}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            repository = f"spaces/{repository}"
+        if repository in hub.revisions:
+            return self._send_json({"url": f"{hub.url}/{repository}"}, status=409)
+        (hub.uploads / repository).mkdir(parents=True)
+        hub.add(repository, hub.uploads / repository)
+        hub.variables[repository] = {one["key"]: one["value"] for one in wanted.get("variables", [])}
+        return self._send_json({"url": f"{hub.url}/{repository}"})
 
     def log_message(self, *arguments):
         pass
@@ -148,8 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {**(headers or {}), "X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
         self._send(status, json.dumps({"error": message}).encode(), {**headers, "Content-Type": "application/json"})
 
-    def _send_json(self, values):
-        self._send(200, json.dumps(values).encode(), {"Content-Type": "application/json"})
+    def _send_json(self, values, status=200):
+        self._send(status, json.dumps(values).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status, content, headers, cut=False):
         self.send_response(status)
@@ -157,5 +202,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content[: len(content) // 2] if cut else content)

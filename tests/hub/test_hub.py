@@ -1,80 +1,23 @@
 """Checkpoints from the Hub, which a server on this machine stands in for."""
 
 import json
-import re
 import shutil
 import sys
-import time
 
 import huggingface_hub
 import pytest
 import torch
 from big_vision_files import big_vision_arrays, save_npz
-from hub_server import BAD_TOKEN, HubServer, commit_of
-from huggingface_hub.utils import _http
+from hub_server import BAD_TOKEN, commit_of
 from PIL import Image
-from tokenizers import Tokenizer
 
 import paligemma
-from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE, save_checkpoint
-from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
-from paligemma.model import PaliGemma
+from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE
+from paligemma.checkpoints.adapters import LoraConfig, save_adapter
+from paligemma.training.lora import add_lora, lora_matrices, target_modules
 
 NAME = "google/paligemma-test"
 MEMBER, STRANGER = "hf_member", "hf_stranger"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub with no repositories; the library asks it, and keeps its cache and token in `tmp_path`."""
-    server = HubServer()
-    # The library reads its environment once, when it is first imported.
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    # It knows the Hub's routes, and so a repository that it may not see, by https only.
-    pattern = _http.REPO_API_REGEX
-    monkeypatch.setattr(
-        _http, "REPO_API_REGEX", re.compile(pattern.pattern.replace("https:", "https?:"), pattern.flags)
-    )
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    # It waits up to half a minute between its attempts.
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    huggingface_hub.close_session()
-    yield server
-    huggingface_hub.close_session()
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A checkpoint that loads at once and is none other, with files beside it that no loader needs."""
-    folder = tmp_path_factory.mktemp("small")
-    tokenizer = Tokenizer.from_file(str(EMBEDDED_FOLDER / "tokenizer.json"))
-    vision = VisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    text = TextConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
-    config = PaliGemmaConfig(vision, text, image_token_id=tokenizer.token_to_id("<image>"))
-    save_checkpoint(PaliGemma(config), tokenizer, folder, torch.float32)
-    return folder
 
 
 def load(name=NAME, **options):
@@ -188,9 +131,9 @@ def test_index_that_leaves_its_folder_is_refused(hub, small, tmp_path):
     [
         (["model-q4_k.gguf"], None, "holds a GGUF file for llama.cpp"),
         (
-            ["adapter_model.safetensors", "adapter_config.json"],
+            ["adapter_model.bin", "adapter_config.json"],
             None,
-            "holds a LoRA adapter for google/base, and no whole",
+            "holds an adapter only in pickled form (adapter_model.bin)",
         ),
         (["pytorch_model.bin"], {}, "holds its weights only in pickled form (pytorch_model.bin)"),
         (["model.safetensors"], {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantized for gptq"),
@@ -218,6 +161,31 @@ def test_adapter_beside_whole_weights_is_left_out_with_a_warning(hub, small, tmp
     hub.add(NAME, folder)
     assert is_small(load())
     assert f"{NAME}: the LoRA adapter beside the whole weights (for google/base) is not applied" in caplog.text
+
+
+def test_an_adapter_is_fetched_with_its_base_and_only_what_it_takes(hub, small, tmp_path):
+    config = LoraConfig(NAME, 2, 4, target_modules(["decoder"]), revision="float")
+    vlm = paligemma.load(small)
+    add_lora(vlm.model, config)
+    matrices = lora_matrices(vlm.model)
+    for _, up in matrices.values():
+        torch.nn.init.normal_(up)
+    save_adapter(config, matrices, tmp_path / "adapter")
+    for name in ("README.md", "tokenizer.json", "optimizer.pt", "checkpoint-10/adapter_model.safetensors"):
+        (tmp_path / "adapter" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "adapter" / name).write_bytes(bytes(1000))
+    hub.add("ada/adapter", tmp_path / "adapter")
+    hub.add(NAME, small, "float")
+    pixel_values, input_ids = torch.ones(1, 3, 28, 28), torch.tensor([vlm.processor.input_ids("caption en")])
+    expected = vlm.model(pixel_values, input_ids)
+    for adapted in (load("ada/adapter"), load(f"{NAME}@float", adapter="ada/adapter")):
+        torch.testing.assert_close(adapted.model(pixel_values, input_ids), expected, rtol=0, atol=1e-4)
+    paths = {path for method, path, _ in hub.requests if method == "GET" and "/ada/adapter/resolve/" in path}
+    assert {path.rpartition("/")[2] for path in paths} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len(paths) == 2
+    hub.revisions.pop(NAME)
+    shutil.rmtree(tmp_path / "cache")
+    assert f"The Hub knows no repository {NAME}" in refusal("ada/adapter")
 
 
 def test_progress_of_fetching_goes_up_to_the_whole(hub, small):

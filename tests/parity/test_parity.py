@@ -10,11 +10,8 @@ from random_checkpoints import VOCABULARY
 from transformers import PaliGemmaForConditionalGeneration
 
 import paligemma
-from paligemma.checkpoints import canonical_name
 from paligemma.gemma import rotate
 from paligemma.kv_cache import KVCache
-from paligemma.training.data import collate
-from paligemma.training.losses import prefix_lm_loss
 
 LOGITS_BOUND = 1e-4
 FAMILIES = ["gemma", "gemma2"]
@@ -159,53 +156,6 @@ def test_several_images_before_a_prompt_equal_the_reference(load_both, family, c
     ours = [token.id for token in vlm.stream(images, "<image>" * count + prompt, max_new_tokens=12)]
     assert ours == [token_id for token_id in expected if token_id not in vlm.config.eos_token_ids]
     assert len(set(ours)) > 3
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_equal_the_reference(load_both, family):
-    reference, vlm = load_both(family=family, kv_heads=2, std=0.1, sliding_window=4)
-    model = vlm.model.requires_grad_(True)
-    examples = [
-        (random_image(0), "caption en", "2 cats and an apple"),
-        (random_image(1), "detect cat", "<loc0008><loc0016><loc0512><loc1000> cat"),
-        (random_image(2), "answer en how many bees are there?", "0"),
-    ]
-    config = vlm.config
-    rows = collate(vlm.processor, examples)
-    assert not rows.attention_mask.all(), "there must be padding"
-
-    hidden_states = model.hidden_states(
-        model.image_features(rows.pixel_values), rows.input_ids, rows.prefix_lengths, rows.attention_mask
-    )
-    loss = prefix_lm_loss(hidden_states, rows.labels, model.logits)
-    loss.backward()
-
-    # The reference wants <eos> among the inputs, and shifts the labels by itself.
-    lengths = rows.attention_mask.sum(1)
-    positions = torch.arange(rows.input_ids.shape[1] + 1)
-    input_ids = torch.nn.functional.pad(rows.input_ids, (0, 1), value=config.pad_token_id)
-    input_ids[torch.arange(len(examples)), lengths] = config.eos_token_ids[0]
-    in_answer = (positions >= rows.prefix_lengths[:, None]) & (positions <= lengths[:, None])
-    outputs = reference.train()(
-        pixel_values=rows.pixel_values,
-        input_ids=input_ids,
-        attention_mask=(positions <= lengths[:, None]).long(),
-        token_type_ids=(positions >= rows.prefix_lengths[:, None]).long(),
-        labels=input_ids.masked_fill(~in_answer, -100),
-    )
-    outputs.loss.backward()
-
-    assert loss.item() == pytest.approx(outputs.loss.item(), rel=1e-4)
-    ours = dict(model.named_parameters())
-    compared = 0
-    for name, parameter in reference.named_parameters():
-        expected, gradient = parameter.grad, ours[canonical_name(name)].grad
-        if expected.norm() < 1e-7:  # keys' biases have none: softmax ignores what is added to a whole row
-            assert gradient.norm() < 1e-6, name
-        else:
-            assert (gradient - expected).norm() <= 1e-4 * expected.norm(), name
-            compared += 1
-    assert compared > 60
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -294,7 +294,7 @@ PROGRAMS = {
     ("name", "config", "content", "advice"),
     [
         ("model-q4_k.gguf", None, "a GGUF file for llama.cpp", "choose the checkpoint that it was made from"),
-        ("adapter_model.safetensors", None, "a LoRA adapter for google/paligemma-3b-pt-224, and no", "merge the two"),
+        ("adapter_model.bin", None, "an adapter only in pickled form (adapter_model.bin)", "write it as safetensors"),
         ("pytorch_model.bin", {}, "its weights only in pickled form (pytorch_model.bin)", "write them as safetensors"),
         ("pytorch_model-1-of-2.bin", {}, "its weights only in pickled form (pytorch_model-1-of-2.bin)", "write them"),
         ("model.fp16.safetensors", {}, "only a variant of its weights (model.fp16.safetensors)", "rename it to"),
@@ -417,7 +417,7 @@ IN_FILE = "{}/model.safetensors holds "
                 "SCB": "weights in the format of bitsandbytes",
                 "qweight": "weights in the format of GPTQ or AWQ",
                 "scales": "weights in the format of MLX",
-                "lora_A.weight": "a LoRA adapter; please merge",
+                "lora_A.weight": "a LoRA adapter; please name it",
             }.items()
         ),
     ],

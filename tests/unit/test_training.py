@@ -1,17 +1,15 @@
-"""Losses are those of the papers, rows carry the right labels, runs learn and resume, and evaluation counts what is right."""
+"""Rows carry the right labels, runs learn and resume, and evaluation counts what is right."""
 
 from __future__ import annotations
 
 import csv
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -20,12 +18,11 @@ from paligemma.model import PaliGemma
 from paligemma.scenes.artwork import load_sheet
 from paligemma.scenes.painter import Painter
 from paligemma.scenes.questions import detections, questions
-from paligemma.siglip import SiglipVisionModel
-from paligemma.training import contrastive, loop
+from paligemma.training import loop
 from paligemma.training.data import collate
 from paligemma.training.evaluate import FIGURES, SEED, draw_scenes, evaluate
 from paligemma.training.loop import Run
-from paligemma.training.losses import NO_LABEL, clip_loss, prefix_lm_loss, siglip_loss
+from paligemma.training.losses import NO_LABEL, answer_loss
 
 IMAGE = Image.new("RGB", (50, 40), "red")
 
@@ -45,7 +42,7 @@ def painter():
 
 
 def test_labels_are_the_next_tokens_of_the_answer_only(tiny):
-    batch = collate(tiny.processor, [(IMAGE, "caption en", "a cat"), (IMAGE, "detect owl", "")])
+    batch = collate(tiny.processor, [([IMAGE], "caption en", "a cat"), ([IMAGE], "detect owl", "")])
     tokenizer, eos = tiny.processor.tokenizer, tiny.config.eos_token_ids[0]
     answer = tokenizer.encode("a cat").ids
     for row, expected in enumerate([answer, []]):
@@ -57,7 +54,7 @@ def test_labels_are_the_next_tokens_of_the_answer_only(tiny):
         assert batch.attention_mask[row].tolist() == [place < length for place in range(batch.input_ids.shape[1])]
         assert batch.labels[row, len(prefix) - 1 : length].tolist() == [*expected, eos]
         assert (batch.labels[row] != NO_LABEL).sum() == len(expected) + 1
-    assert torch.equal(batch.pixel_values, tiny.processor.pixel_values(IMAGE).expand(2, -1, -1, -1))
+    assert torch.equal(batch.pixel_values, tiny.processor.pixel_values(IMAGE).expand(2, 1, -1, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -71,71 +68,11 @@ def test_labels_are_the_next_tokens_of_the_answer_only(tiny):
 )
 def test_an_answer_that_cannot_be_learned_is_refused(tiny, answer, sentence):
     with pytest.raises(PaliGemmaError, match=sentence):
-        collate(tiny.processor, [(IMAGE, "caption en", "a cat"), (IMAGE, "ocr", answer)])
-
-
-def loss_of(model, batch):
-    hidden_states = model.hidden_states(
-        model.image_features(batch.pixel_values), batch.input_ids, batch.prefix_lengths, batch.attention_mask
-    )
-    return prefix_lm_loss(hidden_states, batch.labels, model.logits)
-
-
-def contrastive_inputs(batch):
-    torch.manual_seed(0)
-    images, texts = (torch.randn(batch, 16, requires_grad=True) for _ in range(2))
-    return images, texts, torch.tensor(1.5, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
-
-
-def plain_siglip_loss(images, texts, log_scale, bias):
-    """As the paper writes it (algorithm 1), over the whole square of pairs."""
-    logits = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T * log_scale.exp() + bias
-    labels = 2 * torch.eye(len(images)) - 1
-    return -torch.log(1 / (1 + torch.exp(-labels * logits))).sum() / len(images)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 4, 6, 100])
-def test_siglip_loss_and_its_gradients_are_the_papers_in_chunks_of_any_size(chunk_size):
-    inputs = contrastive_inputs(6)
-    expected = plain_siglip_loss(*inputs)
-    loss = siglip_loss(*inputs, chunk_size)
-    torch.testing.assert_close(loss, expected)
-    for gradient, other in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)):
-        torch.testing.assert_close(gradient, other)
-
-
-def bytes_saved_for_backward(compute):
-    """Of all tensors that a loss keeps until its backward pass, each storage counted once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = compute()
-    assert loss.requires_grad
-    return sum(storages.values())
-
-
-def test_memory_of_siglip_loss_grows_with_the_batch_and_not_with_its_square():
-    small, large = contrastive_inputs(256), contrastive_inputs(1024)
-    plain = [bytes_saved_for_backward(lambda some=some: plain_siglip_loss(*some)) for some in (small, large)]
-    chunked = [bytes_saved_for_backward(lambda some=some: siglip_loss(*some, 64)) for some in (small, large)]
-    assert plain[1] > 12 * plain[0]
-    assert chunked[1] < 5 * chunked[0]
-    assert chunked[1] < plain[1] / 20
-
-
-def test_clip_loss_is_low_only_where_pairs_belong_together():
-    images = torch.eye(4)
-    assert clip_loss(images, images, torch.tensor(3.0)) < 0.01
-    assert clip_loss(images, images.flip(0), torch.tensor(3.0)) > 10
-    assert clip_loss(torch.ones(4, 8), torch.randn(4, 8), torch.tensor(0.0)) > 1, "all images alike"
+        collate(tiny.processor, [([IMAGE], "caption en", "a cat"), ([IMAGE], "ocr", answer)])
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny):
-    batch = collate(tiny.processor, [(IMAGE, "caption en", "a cat"), (IMAGE, "ocr", "SUN")])
+    batch = collate(tiny.processor, [([IMAGE], "caption en", "a cat"), ([IMAGE], "ocr", "SUN")])
     gradients = []
     for is_checkpointed in (False, True):
         torch.manual_seed(0)
@@ -143,7 +80,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny):
         if is_checkpointed:
             loop.checkpoint_gradients(model.vision_tower.encoder["layers"])
             loop.checkpoint_gradients(model.language_model.layers)
-        loss_of(model, batch).backward()
+        answer_loss(model, batch).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
@@ -159,10 +96,13 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(steps, warm_up):
 
 
 class Numbers(Dataset):
-    """A random batch for each step."""
+    """Random numbers for each step, in one batch or in several."""
+
+    def __init__(self, batches=1):
+        self.batches = batches
 
     def __getitem__(self, step):
-        return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        return torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).chunk(self.batches)
 
 
 class Adder(nn.Module):
@@ -179,10 +119,9 @@ class Adder(nn.Module):
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 5)
-    monkeypatch.setattr(loop, "SAVE_EVERY", 10)
     monkeypatch.setattr(loop, "LOSS_SMOOTHING", 0.5)
     whole, killed, resumed = Adder(), Adder(), Adder()
-    Run("adder", whole, tmp_path / "whole", 40, 0.1).train(Numbers(), whole.losses)
+    Run("adder", whole, tmp_path / "whole", 40, 0.1, save_every=10).train(Numbers(), whole.losses)
 
     calls = []
 
@@ -193,8 +132,8 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
         return killed.losses(inputs)
 
     with pytest.raises(KeyboardInterrupt):
-        Run("adder", killed, tmp_path / "killed", 40, 0.1).train(Numbers(), losses, workers=0)
-    run = Run("adder", resumed, tmp_path / "killed", 40, 0.1)
+        Run("adder", killed, tmp_path / "killed", 40, 0.1, save_every=10).train(Numbers(), losses, workers=0)
+    run = Run("adder", resumed, tmp_path / "killed", 40, 0.1, save_every=10)
     assert run.step == 20, "the last save"
     run.train(Numbers(), resumed.losses)
 
@@ -206,6 +145,31 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
         assert all(float(row["steps_per_second"]) > 0 for row in log)
     assert [row["error"] for row in logs[0]] == [row["error"] for row in logs[1]]
     assert float(logs[0][-1]["error"]) < 0.3 * float(logs[0][0]["error"])
+
+
+def test_gradients_of_the_batches_of_a_step_add_up_to_that_of_one(tmp_path):
+    adders = {batches: Adder() for batches in (1, 4)}
+    for batches, adder in adders.items():
+        run = Run("adder", adder, tmp_path / str(batches), 3, 0.1)
+        run.train(
+            Numbers(batches),
+            lambda rows, adder=adder: {"error": adder.losses(rows)["error"] * len(rows) / 8},
+            workers=0,
+        )
+    for name, weight in adders[1].state_dict().items():
+        torch.testing.assert_close(adders[4].state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "st", "step,error\n", "step,error\n10,1.0\n20,2.0\n3", "step,error\n10,1.0\n30,3.0\n"]
+)
+def test_a_log_that_was_cut_anywhere_goes_on_after_the_last_save(tmp_path, rest):
+    log = loop.Log(tmp_path / "log.csv")
+    log.path.write_text(rest)
+    log.forget_after(20)
+    log.append({"step": 30, "error": 0.5})
+    kept = [{"step": step, "error": step / 10} for step in (10, 20) if f"\n{step}," in rest]
+    assert log.rows() == [*kept, {"step": 30, "error": 0.5}]
 
 
 def test_frozen_parameters_are_neither_trained_nor_saved(tmp_path):
@@ -231,37 +195,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(tmp_path):
     with pytest.raises(PaliGemmaError, match="not finite after 0 steps; please choose a lower learning rate"):
         run.train(Numbers(), lambda inputs: {"error": adder.losses(inputs)["error"] * math.inf}, workers=0)
     assert all(weight.isfinite().all() for weight in adder.parameters())
-
-
-@pytest.mark.parametrize("loss", ["siglip", "clip"])
-def test_contrastive_training_learns_and_prints_retrieval_figures(tmp_path, monkeypatch, capsys, loss):
-    monkeypatch.setattr(contrastive, "PAIRS_A_BATCH", 16)
-    monkeypatch.setattr(contrastive, "EVALUATION_CROPS", 20)
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
-    monkeypatch.setattr(loop, "LOSS_SMOOTHING", 0.8)
-    contrastive.main(["--output", str(tmp_path), "--loss", loss, "--steps", "10"])
-    losses = [float(row[loss]) for row in csv.DictReader((tmp_path / "contrastive.csv").open())]
-    assert len(losses) == 10
-    assert losses[-1] < losses[0]
-    assert re.search(r"own caption: 0\.\d+\nright kind: 0\.\d+\nright background: 0\.\d+\n", capsys.readouterr().out)
-    encoder = SiglipVisionModel(contrastive.VISION)
-    encoder.load_state_dict(load_file(tmp_path / "vision_tower.safetensors"))
-
-
-def test_contrastive_training_on_a_device_that_is_not_there_ends_with_a_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="device nonsense"):
-        contrastive.main(["--output", str(tmp_path), "--device", "nonsense"])
-
-
-def test_padding_changes_no_text_embedding():
-    torch.manual_seed(0)
-    tower = contrastive.TextTower(vocab_size=20, width=16, heads=2, pad_token_id=0).eval()
-    ids = torch.zeros(1, contrastive.MAX_TEXT_TOKENS, dtype=torch.int64)
-    ids[0, :3] = torch.tensor([5, 6, 7])
-    before = tower(ids)
-    with torch.no_grad():
-        tower.embedding.weight[0] = 9.0
-    torch.testing.assert_close(tower(ids), before)
 
 
 class Answers:
