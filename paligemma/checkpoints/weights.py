@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..hardware import lack_of_memory
 from ..model import PaliGemma
+from ..quantization import dequantize
 from .big_vision import BigVisionFile
 from .formats import INDEX_FILE, SINGLE_FILE, foreign_tensors
 
@@ -106,9 +107,28 @@ def resolve_output_layer(config: PaliGemmaConfig, tensors: Tensors) -> tuple[Pal
     return replace(config, tie_word_embeddings=is_tied), rest if is_tied else tensors
 
 
-def check_tensors(model: PaliGemma, tensors: Tensors, where: Path) -> None:
-    """Raise PaliGemmaError unless `tensors` are the parameters of `model`, all of them and in their shapes."""
+def linear_weights(model: PaliGemma) -> set[str]:
+    """The names of the weights that int8 layers can hold: of linear layers, and the token embedding."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {EMBEDDING}
+
+
+def scale_name(name: str) -> str:
+    """The name of the scale, float32 [out], of an int8 weight."""
+    return name.removesuffix(".weight") + ".scale"
+
+
+def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """The parameters and the scales of a checkpoint; of the latter, only one with int8 weights has any."""
+    scales = {scale_name(name): tensors[scale_name(name)] for name in tensors if scale_name(name) in tensors}
+    return {name: place for name, place in tensors.items() if name not in scales}, scales
+
+
+def check_tensors(model: PaliGemma, tensors: Tensors, scales: Tensors, where: Path) -> None:
+    """Raise PaliGemmaError unless `tensors` are the parameters of `model`, in their shapes, and `scales` none or all of them."""
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    if scales:
+        expected |= {scale_name(name): expected[name][:1] for name in linear_weights(model)}
+    tensors = tensors | scales
     for name, (file, key) in tensors.items():
         if name not in expected:
             raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
@@ -126,17 +146,25 @@ def check_tensors(model: PaliGemma, tensors: Tensors, where: Path) -> None:
 
 
 def load_weights(
-    model: PaliGemma, tensors: Tensors, dtype: torch.dtype, device: torch.device, progress: Progress = ignore
+    model: PaliGemma,
+    tensors: Tensors,
+    scales: Tensors,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = ignore,
 ) -> None:
     """Put `tensors` into `model`, which was built on `meta`.
 
     On a CPU, tensors that already have the right dtype stay where they are: they are views of the mapped file. Others
-    are cast one by one, each through a mapping of its own, so that what has been read does not stay resident.
+    are cast one by one, each through a mapping of its own, so that what has been read does not stay resident. Those that
+    have one of `scales` are int8, and become again what they stand for.
     """
     mapped = {file: open_file(file) for file in {file for file, _ in tensors.values()}}
     for number, (name, (file, key)) in enumerate(tensors.items()):
         progress("Reading the weights", number / len(tensors))
-        if mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
+        if scale_name(name) in scales:
+            tensor = dequantize(read_tensor(file, key), read_tensor(*scales[scale_name(name)]), dtype)
+        elif mapped[file].get_slice(key).get_dtype() == STORED_DTYPES[dtype]:
             tensor = mapped[file].get_tensor(key)
         else:
             tensor = read_tensor(file, key).to(dtype)  # before it is moved, since not every device knows float8
