@@ -17,6 +17,10 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
+INT8_FORMAT = 2  # of int8 weights, and of the rotation that is in them
+# In config.json of a checkpoint that has them: other programs refuse it, and so do we one of another format.
+INT8_QUANTIZATION = {"quant_method": "paligemma-int8", "format": INT8_FORMAT}
+
 # In place of weights: which files, what they hold, what to do. `{name}` is the file.
 OTHER_FILES = [
     (
@@ -74,7 +78,7 @@ def check_format(where: str, folder: Path, names: Collection[str]) -> None:
             raise PaliGemmaError(f"{where} holds {content.format(name=found[0])}; please {advice}.")
     config = _read_json(folder / CONFIG_FILE)
     quantization = config.get("quantization_config") or config.get("quantization")
-    if quantization:
+    if quantization and quantization != INT8_QUANTIZATION:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         method = method or ("MLX" if "quantization" in config else "bitsandbytes")
         raise PaliGemmaError(f"{where} holds weights quantized for {method}, which cannot be read here; {ADVICE}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -31,7 +32,18 @@ from .formats import CONFIG_FILE, check_format, is_adapter
 from .hub import download
 from .memory import check_fits, weight_bytes
 from .quantized import load_int8_weights
-from .weights import Progress, check_tensors, find_tensors, ignore, load_weights, resolve_output_layer, weight_files
+from .weights import (
+    Progress,
+    Tensors,
+    check_tensors,
+    find_tensors,
+    ignore,
+    load_weights,
+    resolve_output_layer,
+    scale_name,
+    split_scales,
+    weight_files,
+)
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny"
 
@@ -54,7 +66,8 @@ def load(
             a LoRA adapter, whose config names its model.
         device: where to run; None takes a GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
-            are kept next to the Hub's cache, so that they are made once.
+            are kept next to the Hub's cache, so that they are made once; a checkpoint that
+            `paligemma.checkpoints.quantized` wrote has them already, and `auto` takes them on such a CPU.
         compile: compile the step that makes a token (CUDA), see `Engine.compile`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
@@ -74,42 +87,92 @@ def load(
         name = "The embedded checkpoint" if source is None else str(source)
         check_fits(name, empty_model(config), wanted or smallest_dtype(device), device, total_memory(device))
 
-    change = None if adapter is None else Adapter(find_folder(adapter, progress))
-    if change is not None and source is None:
-        source = change.base
-    folder = find_folder(source, progress, refuse_too_large)
-    if change is None and holds_adapter(folder):
-        change = Adapter(folder)
-        source = change.base
-        folder = find_folder(source, progress, refuse_too_large)
-    if holds_adapter(folder):
-        raise PaliGemmaError(f"{source} is an adapter itself; please give a whole model for it, and one adapter.")
-    folder, npz = (
-        (folder.parent, folder.name) if folder.is_file() else (folder, find_npz(str(folder), os.listdir(folder)))
-    )
-    config = BigVisionFile(folder / npz).config if npz else PaliGemmaConfig.from_file(folder / CONFIG_FILE)
-    refuse_too_large(config)
-    processor = Processor.from_file(config, find_tokenizer(folder if tokenizer is None else Path(tokenizer)))
     with explained_lack_of_memory(device):
-        tensors = find_tensors([folder / npz] if npz else weight_files(folder))
-        config, tensors = resolve_output_layer(processor.config, tensors)
-        check_tensors(empty_model(config), tensors, folder)
-        if change is not None:
-            config, tensors = change.apply(config, tensors)
-        model = empty_model(config)
+        folder, processor, model, tensors, scales = open_checkpoint(
+            source, progress, refuse_too_large, tokenizer, adapter
+        )
         if device.type == "cpu":
             torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-        weight_dtype = wanted or choose_dtype(device, sum(parameter.numel() for parameter in model.parameters()))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        weight_dtype = wanted or (smallest_dtype(device) if scales else choose_dtype(device, parameters))
         make_room(weight_bytes(model, weight_dtype))
         if weight_dtype == torch.int8:
-            load_int8_weights(model, tensors, progress)
+            load_int8_weights(model, tensors, scales, progress)
         else:
-            load_weights(model, tensors, weight_dtype, device, progress)
+            load_weights(model, tensors, scales, weight_dtype, device, progress)
     keep_freed_memory()
     vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
     if compile:
         vlm.engine.compile()
     return vlm
+
+
+class OpenCheckpoint(NamedTuple):
+    """A checkpoint of which no weights are read yet.
+
+    folder: where its files are.
+    model: on `meta`, in the shapes of its config.
+    tensors: the parameters of `model`, with what an adapter adds to them.
+    scales: where these are int8, the scale of each weight, under `scale_name`; empty otherwise.
+    """
+
+    folder: Path
+    processor: Processor
+    model: PaliGemma
+    tensors: Tensors
+    scales: Tensors
+
+
+def open_checkpoint(
+    source: str | os.PathLike | None,
+    progress: Progress = ignore,
+    check: Callable[[PaliGemmaConfig], object] = ignore,
+    tokenizer: str | os.PathLike | None = None,
+    adapter: str | os.PathLike | None = None,
+) -> OpenCheckpoint:
+    """Find a checkpoint and whatever it takes to use it, fetched from the Hub if need be; arguments as for `load`.
+
+    Args:
+        check: called with the config before weights are fetched, to refuse it.
+    """
+    folder, change = _find_model(source, adapter, progress, check)
+    folder, npz = (
+        (folder.parent, folder.name) if folder.is_file() else (folder, find_npz(str(folder), os.listdir(folder)))
+    )
+    config = BigVisionFile(folder / npz).config if npz else PaliGemmaConfig.from_file(folder / CONFIG_FILE)
+    check(config)
+    processor = Processor.from_file(config, find_tokenizer(folder if tokenizer is None else Path(tokenizer)))
+    tensors = find_tensors([folder / npz] if npz else weight_files(folder))
+    config, tensors = resolve_output_layer(processor.config, tensors)
+    model = empty_model(config)
+    tensors, scales = split_scales(tensors)
+    check_tensors(model, tensors, scales, folder)
+    if change is not None:
+        scale_at = {tensors[name].stored: scales[scale_name(name)] for name in tensors if scale_name(name) in scales}
+        config, tensors = change.apply(config, tensors)
+        model = empty_model(config)
+        scales = {scale_name(name): scale_at[one.stored] for name, one in tensors.items() if one.stored in scale_at}
+    return OpenCheckpoint(folder, processor, model, tensors, scales)
+
+
+def _find_model(
+    source: str | os.PathLike | None,
+    adapter: str | os.PathLike | None,
+    progress: Progress,
+    check: Callable[[PaliGemmaConfig], object],
+) -> tuple[Path, Adapter | None]:
+    """The folder of a model's files, see `find_folder`, and the adapter that changes it, which `source` may be itself."""
+    change = None if adapter is None else Adapter(find_folder(adapter, progress))
+    if change is not None and source is None:
+        source = change.base
+    folder = find_folder(source, progress, check)
+    if change is None and holds_adapter(folder):
+        change = Adapter(folder)
+        source = change.base
+        folder = find_folder(source, progress, check)
+    if holds_adapter(folder):
+        raise PaliGemmaError(f"{source} is an adapter itself; please give a whole model for it, and one adapter.")
+    return folder, change
 
 
 def find_folder(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..hardware import lack_of_memory
 from ..model import PaliGemma
+from ..quantization import dequantize
 from .big_vision import BigVisionFile
 from .formats import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, foreign_tensors
 
@@ -56,6 +57,11 @@ class Place(NamedTuple):
     file: Path
     key: str
     update: LowRankUpdate | None = None
+
+    @property
+    def stored(self) -> Place:
+        """The place alone, without what an adapter adds."""
+        return self._replace(update=None)
 
     @property
     def files(self) -> set[Path]:
@@ -144,9 +150,28 @@ def resolve_output_layer(config: PaliGemmaConfig, tensors: Tensors) -> tuple[Pal
     return replace(config, tie_word_embeddings=is_tied), rest if is_tied else tensors
 
 
-def check_tensors(model: PaliGemma, tensors: Tensors, where: Path) -> None:
-    """Raise PaliGemmaError unless `tensors` are the parameters of `model`, all of them and in their shapes."""
+def linear_weights(model: PaliGemma) -> set[str]:
+    """The names of the weights that int8 layers can hold: of linear layers, and the token embedding."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {EMBEDDING}
+
+
+def scale_name(name: str) -> str:
+    """The name of the scale, float32 [out], of an int8 weight."""
+    return name.removesuffix(".weight") + ".scale"
+
+
+def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """The parameters and the scales of a checkpoint; of the latter, only one with int8 weights has any."""
+    scales = {scale_name(name): tensors[scale_name(name)] for name in tensors if scale_name(name) in tensors}
+    return {name: place for name, place in tensors.items() if name not in scales}, scales
+
+
+def check_tensors(model: PaliGemma, tensors: Tensors, scales: Tensors, where: Path) -> None:
+    """Raise PaliGemmaError unless `tensors` are the parameters of `model`, in their shapes, and `scales` none or all of them."""
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    if scales:
+        expected |= {scale_name(name): expected[name][:1] for name in linear_weights(model)}
+    tensors = tensors | scales
     for name, (file, key, _) in tensors.items():
         if name not in expected:
             raise PaliGemmaError(f"{file} holds an unexpected tensor, {key}; is this another kind of model?")
@@ -164,21 +189,28 @@ def check_tensors(model: PaliGemma, tensors: Tensors, where: Path) -> None:
 
 
 def load_weights(
-    model: PaliGemma, tensors: Tensors, dtype: torch.dtype, device: torch.device, progress: Progress = ignore
+    model: PaliGemma,
+    tensors: Tensors,
+    scales: Tensors,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = ignore,
 ) -> None:
     """Put `tensors` into `model`, which was built on `meta`.
 
     On a CPU, tensors that already have the right dtype stay where they are: they are views of the mapped file. Others
-    are cast one by one, each through a mapping of its own, so that what has been read does not stay resident.
+    are cast one by one, each through a mapping of its own, so that what has been read does not stay resident. Those that
+    have one of `scales` are int8, and become again what they stand for.
     """
     mapped = {file: open_file(file) for file in {place.file for place in tensors.values()}}
     for number, (name, place) in enumerate(tensors.items()):
         progress("Reading the weights", number / len(tensors))
-        file = mapped[place.file]
-        if place.update is None and file.get_slice(place.key).get_dtype() == STORED_DTYPES[dtype]:
+        file, is_int8 = mapped[place.file], scale_name(name) in scales
+        if not is_int8 and place.update is None and file.get_slice(place.key).get_dtype() == STORED_DTYPES[dtype]:
             tensor = file.get_tensor(place.key)
         else:
-            tensor = read_tensor(*place).to(dtype)  # before it is moved, since not every device knows float8
+            # Before it is moved, since not every device knows float8.
+            tensor = read_weight(place, scales.get(scale_name(name)), dtype).to(dtype)
         set_by_name(model, name, nn.Parameter(tensor.to(device), requires_grad=False))
     model.language_model.rotary.to(device)
 
@@ -188,6 +220,16 @@ def read_tensor(file: Path, key: str, update: LowRankUpdate | None = None) -> Te
     with open_file(file) as mapped:
         tensor = mapped.get_tensor(key)
     return tensor if update is None else update.add_to(tensor)
+
+
+def read_weight(place: Place, scale: Place | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As `read_tensor`; an int8 weight, which has a scale, becomes what it stands for, in `dtype` or with an update float32."""
+    if scale is None:
+        return read_tensor(*place)
+    rounded, steps = read_tensor(*place.stored), read_tensor(*scale)
+    return (
+        dequantize(rounded, steps, dtype) if place.update is None else place.update.add_to(dequantize(rounded, steps))
+    )
 
 
 def set_by_name(model: PaliGemma, name: str, value: nn.Parameter | nn.Module) -> None:

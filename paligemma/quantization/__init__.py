@@ -24,6 +24,6 @@ Residuals of all rows would be more exact, but a prefill would take twice as lon
 
 from .layers import InputMemo, Int8Embedding, Int8Linear
 from .packing import is_available, pack, packing
-from .rounding import quantize, unrotate
+from .rounding import dequantize, quantize
 
-__all__ = ["InputMemo", "Int8Embedding", "Int8Linear", "is_available", "pack", "packing", "quantize", "unrotate"]
+__all__ = ["InputMemo", "Int8Embedding", "Int8Linear", "dequantize", "is_available", "pack", "packing", "quantize"]

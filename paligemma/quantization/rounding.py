@@ -35,6 +35,15 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, scale
 
 
+def dequantize(rounded: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out, in] in a floating dtype that an int8 weight and its scale stand for."""
+    weight = torch.empty(rounded.shape, dtype=dtype)
+    count = max(1, NUMBERS_AT_ONCE // rounded.shape[1])
+    for rows, part, steps in zip(weight.split(count), rounded.split(count), scale.split(count), strict=True):
+        rows.copy_(unrotate(part.float() * steps[:, None]))
+    return weight
+
+
 def rotate(rows: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply each block of channels of float32 [..., channels] by `rotation`, into `out` if that is given."""
     matrix = rotation(rows.shape[-1])

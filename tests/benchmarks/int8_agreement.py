@@ -19,7 +19,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import paligemma
-from paligemma.quantization import quantize, unrotate
+from paligemma.quantization import dequantize, quantize
 from paligemma.scenes.artwork import load_sheet
 from paligemma.scenes.painter import Painter
 from paligemma.scenes.questions import CAPTION_PROMPT, count_prompt, detect_prompt, segment_prompt
@@ -28,8 +28,7 @@ from paligemma.training.evaluate import draw_scenes
 
 def rounded(weight: Tensor) -> Tensor:
     """The weight, float32 [out, in], that the int8 one stands for."""
-    values, scale = quantize(weight)
-    return unrotate(values.float() * scale[:, None])
+    return dequantize(*quantize(weight))
 
 
 def with_rounded_weights() -> paligemma.VisionLanguageModel:

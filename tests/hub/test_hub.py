@@ -14,6 +14,7 @@ from PIL import Image
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER, INDEX_FILE
 from paligemma.checkpoints.adapters import LoraConfig, save_adapter
+from paligemma.checkpoints.quantized.checkpoint import write_int8_checkpoint
 from paligemma.training.lora import add_lora, lora_matrices, target_modules
 
 NAME = "google/paligemma-test"
@@ -45,6 +46,17 @@ def test_checkpoint_of_the_hub_answers_as_from_its_folder(hub):
     expected = list(paligemma.load(EMBEDDED_FOLDER, device="cpu", dtype="float32").stream(image, **settings))
     assert expected
     assert list(load().stream(image, **settings)) == expected
+
+
+def test_int8_weights_are_fetched_and_read_as_they_are(hub, tmp_path):
+    folder = write_int8_checkpoint(None, tmp_path / "int8")
+    hub.add(NAME, folder)
+    vlm = paligemma.load(NAME, device="cpu")
+    assert vlm.weight_dtype == torch.int8
+    assert {"config.json", "others.safetensors", INDEX_FILE} <= hub.fetched()
+    assert not (tmp_path / "paligemma-int8").is_dir() or not list((tmp_path / "paligemma-int8").iterdir())
+    expected, image = paligemma.load(folder, device="cpu"), Image.linear_gradient("L")
+    assert vlm.generate(image, "caption en") == expected.generate(image, "caption en")
 
 
 def test_only_the_files_that_loading_needs_are_fetched(hub, small, tmp_path):

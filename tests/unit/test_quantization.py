@@ -23,7 +23,7 @@ from random_checkpoints import make_reference, save_reference
 
 import paligemma
 from paligemma import PaliGemmaError
-from paligemma.checkpoints import quantized
+from paligemma.checkpoints.quantized import store
 from paligemma.quantization import InputMemo, Int8Linear, pack, packing, quantize
 from paligemma.quantization.packing import OneDnnWeight
 from paligemma.quantization.rounding import rotate, rotation, unrotate
@@ -301,8 +301,8 @@ def logits_of(vlm):
 @pytest.fixture
 def written(monkeypatch):
     """How often int8 weights were written."""
-    calls, write = [], quantized._write
-    monkeypatch.setattr(quantized, "_write", lambda *arguments: calls.append(1) or write(*arguments))
+    calls, write = [], store.write_files
+    monkeypatch.setattr(store, "write_files", lambda *arguments: calls.append(1) or write(*arguments))
     return calls
 
 
@@ -356,7 +356,7 @@ def cut(files):
     ids=["a file cut short", "a file missing", "empty", "a file in another's place"],
 )
 def test_int8_weights_that_are_not_whole_are_made_anew(folder, int8_cache, monkeypatch, written, damage):
-    monkeypatch.setattr(quantized, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(store, "SHARD_BYTES", 10_000)
     expected = logits_of(paligemma.load(folder, dtype="int8"))
     files = sorted(int8_cache.glob("*/*.safetensors"))
     assert len(files) > 5
@@ -367,7 +367,7 @@ def test_int8_weights_that_are_not_whole_are_made_anew(folder, int8_cache, monke
 
 
 def test_flipped_bytes_are_noticed_and_made_good(folder, int8_cache, monkeypatch, written, caplog):
-    monkeypatch.setattr(quantized, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(store, "SHARD_BYTES", 10_000)
     expected = logits_of(paligemma.load(folder, dtype="int8"))
     for file in sorted(int8_cache.glob("*/*.safetensors")):
         content = bytearray(file.read_bytes())
