@@ -20,6 +20,7 @@ import paligemma
 from paligemma import PaliGemmaError
 from paligemma.checkpoints import EMBEDDED_FOLDER, save_checkpoint
 from paligemma.checkpoints.adapters import LoraConfig, save_adapter
+from paligemma.checkpoints.quantized.checkpoint import write_int8_checkpoint
 from paligemma.training.lora import PARTS, add_lora, lora_matrices, target_modules
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -139,6 +140,22 @@ def test_an_adapter_is_merged_before_weights_are_rounded_to_int8(base, tmp_path,
     assert torch.equal(kept, expected)
     plain = paligemma.load(base, dtype="int8").model(pixel_values, input_ids)
     assert (plain - expected).abs().max() > 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", ["all linear layers", "output layer adapted", "token embedding adapted"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_an_adapter_is_added_to_what_int8_weights_stand_for(base, tmp_path, settings, dtype):
+    make_adapter(base, tmp_path / "adapter", **SETTINGS[settings])
+    write_int8_checkpoint(base, tmp_path / "int8")
+    rounded = paligemma.load(tmp_path / "int8", dtype="float32")
+    save_checkpoint(rounded.model, rounded.processor.tokenizer, tmp_path / "rounded", torch.float32)
+    expected = paligemma.load(tmp_path / "rounded", adapter=tmp_path / "adapter")
+    vlm = paligemma.load(tmp_path / "int8", adapter=tmp_path / "adapter", dtype=dtype)
+    pixel_values, input_ids, _ = random_rows(vlm.config, [20])
+    logits = [one.model(pixel_values, input_ids) for one in (vlm, expected, rounded)]
+    bound = {"float32": 1e-5, "int8": 0.2}[dtype]
+    assert (logits[0] - logits[1]).abs().max() < bound < 0.3 * (logits[2] - logits[1]).abs().max()
 
 
 @pytest.mark.parametrize("parts", [["decoder"], ["decoder", "projector"], list(PARTS)])
