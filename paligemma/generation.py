@@ -16,10 +16,11 @@ from torch import Tensor
 from .config import PaliGemmaConfig, PaliGemmaError, is_number, shorten
 from .engine import Engine
 from .images import open_image
-from .inspection import EncoderInspection, Inspection, Inspector, WalkStep, encoder_attention
+from .inspection import EncoderInspection, Inspection, Inspector, WalkStep
 from .mask_decoder import MaskDecoder
 from .model import PaliGemma
 from .processor import Processor, TextStream
+from .replay import encoder_attention
 from .sampling import Sampler
 from .sequence import Events, TokenSequence, read
 

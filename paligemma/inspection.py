@@ -10,32 +10,25 @@ Nothing is recorded while an answer is made. Arrays are NumPy's, float32.
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .attention import attention_weights
-from .config import PaliGemmaError, TextConfig, is_number, shorten
+from .config import PaliGemmaError, is_number, shorten
 from .engine import Engine
-from .gemma import GemmaAttention, GemmaModel, rotate
 from .kv_cache import KeptCache
-from .model import PaliGemma
 from .processor import Processor
+from .replay import Replayed, operations, replay
 from .sampling import Sampler
 from .sequence import TokenSequence
-from .siglip import SiglipVisionModel, VisionAttention, VisionEmbeddings
+from .walk import WalkStep, walk_through
 
 RIVALS, CANDIDATES = 5, 50
-SHOWN_NUMBERS = 6  # of a tensor in a step of the walk
 IMAGE, PROMPT, ANSWER = "image", "prompt", "answer"
 FULL, CAUSAL, NOTHING = "full", "causal", "nothing"
 
@@ -195,26 +188,6 @@ class EncoderInspection:
         return heads.mean(axis=(0, 1)).reshape(self.grid)
 
 
-@dataclass(frozen=True)
-class WalkStep:
-    """One of the seven steps from pixels to words, with the numbers of this very image.
-
-    name: patches, embeddings, encoder, projector, prefix, prefill or decode.
-    text: what happens, in a sentence or two, with sizes and numbers.
-    shape: of what comes out.
-    values: its first few numbers.
-    file, line, function: where it happens, the file from the project's folder on.
-    """
-
-    name: str
-    text: str
-    shape: tuple[int, ...]
-    values: tuple[float, ...]
-    file: str
-    line: int
-    function: str
-
-
 class Inspector:
     """Looks inside an answer that is over.
 
@@ -231,6 +204,7 @@ class Inspector:
 
     def inspect(self, index: int) -> Inspection:
         """See `Answer.inspect`."""
+        index = self._check(index)
         replayed, kept = self._replay(index)
         text, ids = self._model.config.text, self._sequence.ids
         position = self._prefix + index - 1
@@ -284,7 +258,7 @@ class Inspector:
     def walk_through(self) -> tuple[WalkStep, ...]:
         """See `Answer.walk_through`."""
         self._check(0)
-        return self._engine.call(lambda: _walk(self._model, self._processor, self._sequence, self._recall()))
+        return self._engine.call(lambda: walk_through(self._model, self._processor, self._sequence, self._recall()))
 
     @property
     def _images_end(self) -> int:
@@ -308,8 +282,8 @@ class Inspector:
         sequence = self._sequence
         return self._engine.prefill.recall(sequence, self._engine.between_layers(sequence))
 
-    def _check(self, index: int) -> None:
-        """Refuse a token that is not there."""
+    def _check(self, index: int) -> int:
+        """The number of a token that is there, as an int."""
         answered = len(self._sequence.answer_ids)
         if not answered:
             raise PaliGemmaError("This answer has no token to look inside of; please ask something else.")
@@ -317,12 +291,12 @@ class Inspector:
             raise PaliGemmaError(
                 f"There is no token {shorten(index)} in this answer; please give a whole number from 0 to {answered - 1}."
             )
+        return int(index)
 
-    def _replay(self, index: int) -> tuple[_Replayed, KeptCache]:
-        self._check(index)
-        ids, end = self._sequence.ids, self._prefix + int(index)
+    def _replay(self, index: int) -> tuple[Replayed, KeptCache]:
+        ids, end = self._sequence.ids, self._prefix + self._check(index)
 
-        def job() -> tuple[_Replayed, KeptCache]:
+        def job() -> tuple[Replayed, KeptCache]:
             kept = self._recall()
             return replay(self._model, kept, ids[:end], self._prefix), kept
 
@@ -359,79 +333,6 @@ class Inspector:
         return time.perf_counter() - start
 
 
-class _Replayed(NamedTuple):
-    """A step: float32 logits [vocab_size] and attention [layers, heads, positions], and the logit lens."""
-
-    logits: np.ndarray
-    attention: np.ndarray
-    lens_ids: list[int]
-    lens_probabilities: list[float]
-
-
-def replay(model: PaliGemma, kept: KeptCache, ids: list[int], prefix: int) -> _Replayed:
-    """Repeat the step that read the last of `ids`, from the keys and values of the others; in the engine's thread.
-
-    Where that is the prefix's last position, the one before it is read again as well: int8 layers compute the last of
-    several positions more exactly than a single one.
-
-    Args:
-        kept: of at least all positions but those that are read.
-        ids: of prefix and answer up to the position that is asked for.
-        prefix: how many of them are prefix.
-    """
-    end, decoder, text = len(ids), model.language_model, model.config.text
-    start = end - 1 if end > prefix else end - 2
-    window_mask = None
-    if end > prefix and text.sliding_window is not None:
-        window_mask = (torch.arange(end, device=model.device) > end - 1 - text.sliding_window)[None, None, None]
-    hidden_states: list[Tensor] = []
-    attention: list[Tensor] = []
-    all_keys: list[Tensor] = []
-
-    def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        all_keys.append(torch.cat((kept.keys[layer, None, :, :start], keys), dim=2))
-        return all_keys[-1], torch.cat((kept.values[layer, None, :, :start], values), dim=2)
-
-    def after_attention(module: GemmaAttention, given: tuple, _attended: Tensor) -> None:
-        states, (cos, sin), mask, _, first = given
-        queries = module.q_proj(states[:, first:]).unflatten(-1, (-1, module.head_dim))
-        queries = rotate(queries, cos[first:], sin[first:])[:, -1:]
-        attention.append(attention_weights(queries, all_keys[-1], mask, module.scale, module.softcap)[0, :, 0])
-
-    def after_layer(_: nn.Module, __: tuple, output: Tensor) -> None:
-        hidden_states.append(output[0, -1])
-
-    attentions = [layer.get_submodule("self_attn") for layer in decoder.layers]
-    with _hooked(attentions, after_attention), _hooked(decoder.layers, after_layer):
-        embeddings = decoder.embed(torch.tensor([ids[start:]], device=model.device))
-        decoder(embeddings, slice(start, end), None, window_mask, write, first=end - start - 1)
-    lens = model.logits(decoder.norm(torch.stack(hidden_states)))  # [layers, vocab_size]
-    logits, lens_ids = lens.max(dim=-1)
-    return _Replayed(
-        lens[-1].cpu().numpy(),
-        torch.stack(attention).float().cpu().numpy(),
-        lens_ids.tolist(),
-        (logits - lens.logsumexp(dim=-1)).exp().tolist(),
-    )
-
-
-def encoder_attention(model: PaliGemma, pixel_values: Tensor, patch: int) -> np.ndarray:
-    """What a patch attends to in each layer of the vision encoder, float32 [layers, heads, patches]."""
-    attention: list[Tensor] = []
-
-    def after_attention(module: VisionAttention, given: tuple, _: Tensor) -> None:
-        (states,) = given
-        queries, keys = (
-            project(states).unflatten(-1, (module.num_heads, -1)) for project in (module.q_proj, module.k_proj)
-        )
-        attention.append(attention_weights(queries[:, patch, None], keys.transpose(1, 2))[0, :, 0])
-
-    layers = model.vision_tower.encoder["layers"].children()
-    with _hooked((layer.get_submodule("self_attn") for layer in layers), after_attention):
-        model.vision_tower(pixel_values.to(model.device, model.dtype))
-    return torch.stack(attention).float().cpu().numpy()
-
-
 def mask_blocks(spans: tuple[Span, ...]) -> tuple[MaskBlock, ...]:
     """The prefix-LM mask of a sequence with these spans: images and prompt see each other, the answer all before itself."""
 
@@ -441,124 +342,3 @@ def mask_blocks(spans: tuple[Span, ...]) -> tuple[MaskBlock, ...]:
         return CAUSAL if rows.kind == ANSWER else NOTHING
 
     return tuple(MaskBlock(rows, columns, kind(rows, columns)) for rows in spans for columns in spans)
-
-
-def operations(text: TextConfig, positions: int, attended: int) -> int:
-    """Multiply-adds of the decoder to read some positions, each of which attends to `attended`, and choose a token.
-
-    Counted are the matrix products. In the last layer only the last position is computed beyond its keys and values.
-    """
-    queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
-    cached = 2 * text.hidden_size * keys
-    others = 2 * text.hidden_size * queries + 3 * text.hidden_size * text.intermediate_size + 2 * queries * attended
-    full, layers = positions * (cached + others), text.num_hidden_layers
-    return (layers - 1) * full + positions * cached + others + text.hidden_size * text.vocab_size
-
-
-@contextmanager
-def _hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Calls `hook(module, inputs, output)` after each of the modules."""
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _walk(model: PaliGemma, processor: Processor, sequence: TokenSequence, kept: KeptCache) -> tuple[WalkStep, ...]:
-    vision, text, prefix = model.config.vision, model.config.text, len(sequence.input_ids)
-    side, images = vision.image_size // vision.patch_size, len(sequence.pixel_values)
-    pixel_values = sequence.pixel_values[0].to(model.device, model.dtype)
-    patches = (
-        pixel_values[0].unfold(1, vision.patch_size, vision.patch_size).unfold(2, vision.patch_size, vision.patch_size)
-    )
-    embedded = model.vision_tower.embeddings(pixel_values)[0]
-    encoded = model.vision_tower(pixel_values)[0]
-    projected = model.multi_modal_projector["linear"](encoded)
-    words = model.language_model.embed(
-        torch.tensor(sequence.input_ids[images * vision.num_patches :], device=model.device)
-    )
-    first, second = (replay(model, kept, sequence.ids[:end], prefix) for end in (prefix, prefix + 1))
-    read = processor.token_text(sequence.answer_ids[0])
-    kept_bytes = prefix * text.cached_numbers * model.dtype.itemsize
-
-    def likeliest(step: _Replayed) -> str:
-        return f"The likeliest is “{processor.token_text(step.lens_ids[-1])}”, with probability {step.lens_probabilities[-1]:.3f}."
-
-    def step(
-        name: str, sentence: str, shape: tuple[int, ...], values: Tensor | np.ndarray, function: Callable
-    ) -> WalkStep:
-        numbers = torch.as_tensor(values).flatten()[:SHOWN_NUMBERS].tolist()
-        file = Path(inspect.getsourcefile(function) or "").relative_to(Path(__file__).parents[1])
-        line = inspect.getsourcelines(function)[1]
-        return WalkStep(name, sentence, shape, tuple(numbers), file.as_posix(), line, function.__qualname__)
-
-    return (
-        step(
-            "patches",
-            f"The image becomes {vision.image_size} × {vision.image_size} pixels with values from -1 to 1 and is cut into "
-            f"{side} × {side} patches of {vision.patch_size} × {vision.patch_size}: {vision.num_patches} patches of "
-            f"{3 * vision.patch_size**2} numbers. The mean of this image is {pixel_values.mean():.3f}.",
-            (vision.num_patches, 3 * vision.patch_size**2),
-            patches.permute(1, 2, 0, 3, 4),
-            Processor.pixel_values,
-        ),
-        step(
-            "embeddings",
-            f"A matrix makes {vision.hidden_size} numbers of each patch, and a learned vector for its place is added. Two "
-            f"patches have a cosine of {_mean_cosine(embedded):.3f} in the mean.",
-            tuple(embedded.shape),
-            embedded,
-            VisionEmbeddings.forward,
-        ),
-        step(
-            "encoder",
-            f"In {vision.num_hidden_layers} layers, with {vision.num_attention_heads} heads each, every patch attends to "
-            f"every patch. Then the mean cosine of two patches is {_mean_cosine(encoded):.3f}.",
-            tuple(encoded.shape),
-            encoded,
-            SiglipVisionModel.forward,
-        ),
-        step(
-            "projector",
-            f"One matrix takes each patch from {vision.hidden_size} to {text.hidden_size} numbers, the decoder's width: "
-            f"{vision.num_patches} positions that the decoder reads as it reads words.",
-            tuple(projected.shape),
-            projected,
-            PaliGemma.image_features,
-        ),
-        step(
-            "prefix",
-            f"{images * vision.num_patches} positions of {'the image' if images == 1 else f'{images} images'} come first, then "
-            f"{len(words)} of <bos>, the prompt and a line end, whose embeddings are multiplied by √{text.hidden_size} = "
-            f"{text.hidden_size**0.5:.2f}: {prefix} positions.",
-            (prefix, text.hidden_size),
-            words,
-            GemmaModel.embed,
-        ),
-        step(
-            "prefill",
-            f"All {prefix} positions go through {text.num_hidden_layers} layers at once, each attending to all others. Their "
-            f"keys and values, {kept_bytes:,} bytes, stay in the cache; the last position gives a number for each of "
-            f"{text.vocab_size:,} tokens. {likeliest(first)}",
-            first.logits.shape,
-            first.logits,
-            PaliGemma.prefill,
-        ),
-        step(
-            "decode",
-            f"The token “{read}” goes through the layers alone, attends to the {prefix} positions in the cache and to itself, "
-            f"and gives the numbers of the next token. {likeliest(second)}",
-            second.logits.shape,
-            second.logits,
-            PaliGemma.decode,
-        ),
-    )
-
-
-def _mean_cosine(features: Tensor) -> float:
-    """Of two different rows of float [N, width]."""
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    count = len(unit)
-    return ((unit.sum(dim=0).square().sum() - count) / (count * (count - 1))).item()

@@ -31,7 +31,7 @@ from ..inspection import (
 
 # From the patches that are attended to least to the one that is most: color and opacity, 0 to 255.
 COLD, WARM = np.array([11, 18, 48, 205.0]), np.array([255, 205, 60, 45.0])
-GAMMA = 0.6  # of the share in the largest, so that small ones can be told apart
+GAMMA = 0.75  # of the share in the largest, so that small ones can be told apart
 HEAT_PIXELS, THUMBNAIL_PIXELS = 256, 24  # on a side
 MAX_BARS = 24  # of tokens that are listed
 WORDS_TIP = '<p class="tip">Click a word. The more orange, the less sure the model was.</p>'
@@ -171,19 +171,19 @@ def attention_html(seen: Inspection, layer: int | None, head: int | None, line: 
         for text, share in zip(seen.texts, mean[first:].tolist())
     )
     layers, heads = seen.attention.shape[:2]
-    maps: list[tuple[int | None, list[int | None]]] = [(one, [None, *range(heads)]) for one in range(layers)]
+    columns: list[int | None] = [None, *range(heads)]
     grid = "".join(
         f'<div class="maps" role="group" aria-label="Layer {row + 1}"><small>{row + 1}</small>'
         + "".join(_map_button(seen, row, column, (row, column) == (layer, head), line) for column in columns)
         + "</div>"
-        for row, columns in maps
-        if row is not None
+        for row in range(layers)
     )
     is_all = str(layer is None and head is None).lower()
     return (
         f'<div class="bars">{bars}</div>'
-        f'<p class="tip">The picture is bright where {_what(layer, head)} attended most, at {percent(float(seen.heat_map(layer, head).max()))} '
-        "in one patch. Choose another:</p>"
+        f'<p class="tip">The picture is bright where {_what(layer, head)} attended most: one patch has '
+        f"{percent(float(seen.heat_map(layer, head).max()))}. At first it is the layer that finds the most in one patch. "
+        "Choose others:</p>"
         f'<button type="button" class="chip" {choice(line=line, layer=None, head=None)} aria-pressed="{is_all}">'
         "All layers and heads</button>"
         f'<div class="scroll" role="group" aria-label="Layers and heads" tabindex="0">'
@@ -195,8 +195,8 @@ def attention_html(seen: Inspection, layer: int | None, head: int | None, line: 
 
 def _what(layer: int | None, head: int | None) -> str:
     if layer is None:
-        return "the mean of all heads"
-    return f"layer {layer + 1}" if head is None else f"head {head + 1} of layer {layer + 1}"
+        return "all layers and heads"
+    return f"the heads of layer {layer + 1}" if head is None else f"head {head + 1} of layer {layer + 1}"
 
 
 def _map_button(seen: Inspection, layer: int, head: int | None, is_chosen: bool, line: int) -> str:

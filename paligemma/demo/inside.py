@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..config import PaliGemmaError, is_number, shorten
 from . import drawings
 from .handlers import CLOSED, FORGOTTEN, MAX_NEW_TOKENS, Record, open_uploads, result
@@ -207,6 +209,8 @@ def _shown(looking: _Look) -> dict[str, Any]:
         return shown
     view, seen, size = looking.view, looking.seen(), looking.record["size"]
     line, tab = view["line"], view["tab"]
+    if "layer" not in view:  # the mean of its heads is the clearest
+        view["layer"] = int(np.argmax([seen.heat_map(layer).max() for layer in range(len(seen.attention))]))
     layer, head = (looking.number(name, end) for name, end in zip(("layer", "head"), seen.attention.shape))
     shown["rivals"] = drawings.rivals_html(seen, line)
     shown["heat"] = drawings.heat_svg(seen.heat_map(layer, head), size)

@@ -465,6 +465,12 @@ def test_a_menu_of_checkpoints_loads_the_one_that_is_chosen(open_page, serve, ti
     assert asked == ["a/b"], "each is loaded with its first question"
 
 
+def barriers(tab):
+    """What axe finds wrong for people with disabilities."""
+    found = Axe().run(tab, options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
+    return [(one["id"], [node["html"] for node in one["nodes"]]) for one in found]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_barrier(browser, serve, tiny, scheme):
     address = serve(Answering(tiny, f"{BOX} cat ; {OTHER_BOX} dog ; <loc0001> bird"))
@@ -475,9 +481,61 @@ def test_axe_finds_no_barrier(browser, serve, tiny, scheme):
     expect(tab.locator("#as-picture")).to_be_visible(timeout=20_000)
     tab.get_by_role("button", name="Settings ▼").click()
     tab.wait_for_timeout(500)
-    found = Axe().run(tab, options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
+    assert barriers(tab) == []
     tab.close()
-    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+
+
+def test_a_stranger_sees_inside_the_answer_token_by_token(open_page, page_address):
+    tab = open_page(page_address)
+    heat, rivals = tab.locator("#heat svg image"), tab.locator("#inside-rivals .bar span")
+    assert heat.count() == 0, "nothing is computed before"
+    tab.get_by_role("button", name="See inside").click()
+    expect(rivals.first).to_have_text("␣apple", timeout=20_000)
+    expect(tab.locator("#inside img")).to_have_count(6 * 5)
+    maps = [heat.get_attribute("href")]
+
+    def chosen(button, *more):
+        """Choose something, and wait until another heat map is drawn."""
+        button.click(*more)
+        wait_until(lambda: heat.count() and heat.get_attribute("href") not in maps, tab=tab)
+        maps.append(heat.get_attribute("href"))
+
+    words = tab.locator("#inside .words").first.get_by_role("button")
+    words.last.hover()
+    expect(rivals.first).to_have_text("␣banana", timeout=20_000)
+    assert heat.get_attribute("href") == maps[0], "to point at a token shows its rivals alone"
+    chosen(words.last)
+    expect(words.last).to_have_attribute("aria-pressed", "true")
+    expect(words.last).to_be_focused()
+    chosen(tab.get_by_role("img", name="Layer 2, head 3"))
+
+    tab.locator("#inside-rivals button").first.click()
+    expect(tab.locator("#inside .line")).to_have_count(2, timeout=20_000)
+    expect(tab.locator("#inside .line").last).to_contain_text("What if it were “dress”?")
+    tab.get_by_role("button", name="What if", exact=True).click()
+    bars = tab.locator("#inside-distribution .bar")
+    expect(bars.filter(has_text="cut off")).to_have_count(0)
+    tab.get_by_label("Top-k").fill("2")
+    expect(bars.filter(has_text="cut off")).to_have_count(24 - 2, timeout=20_000)
+    tab.get_by_role("button", name="Encoder").click()
+    expect(tab.locator("#heat .grid")).to_be_attached(timeout=20_000)
+    maps.append(heat.get_attribute("href"))
+    box = tab.locator("#heat svg image").bounding_box()
+    tab.mouse.click(box["x"] + box["width"] * 2.5 / 16, box["y"] + box["height"] * 4.5 / 16)
+    expect(tab.locator("#inside-section")).to_contain_text("row 5, column 3 of 16 × 16", timeout=20_000)
+
+    for scheme, names in (("light", ("Attention", "Walk")), ("dark", ("Mask", "Cache"))):
+        tab.evaluate("(scheme) => document.body.classList.toggle('dark', scheme === 'dark')", scheme)
+        tab.wait_for_timeout(800)  # colors change slowly
+        for name in names:
+            tab.get_by_role("button", name=name, exact=True).click()
+            expect(tab.get_by_role("button", name=name, exact=True)).to_have_attribute("aria-pressed", "true")
+            assert barriers(tab) == []
+    tab.set_viewport_size({"width": 390, "height": 844})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.locator("#examples").get_by_text("ocr").click()
+    expect(tab.locator("#inside")).to_be_hidden(timeout=20_000)
+    assert heat.count() == 0
 
 
 @pytest.mark.parametrize("width", [1280, 390])

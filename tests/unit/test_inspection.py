@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import paligemma
 from paligemma import PaliGemmaError
-from paligemma.inspection import ANSWER, CANDIDATES, IMAGE, PROMPT, mask_blocks, operations
+from paligemma.inspection import ANSWER, CANDIDATES, IMAGE, PROMPT, mask_blocks
 from paligemma.kv_cache import KeptCache, KeptCaches, KVCache
 from paligemma.model import prefix_lm_mask
 from paligemma.prefill import MAX_KEPT_BYTES
+from paligemma.replay import operations
 from paligemma.sampling import Sampler
 
 CATS, MUSIC = EXAMPLES / "cats.png", EXAMPLES / "music.png"
@@ -409,7 +410,7 @@ def test_the_walk_names_the_code_and_the_sizes_of_each_step(answered, tiny):
     steps = answer.walk_through()
     names = ["patches", "embeddings", "encoder", "projector", "prefix", "prefill", "decode"]
     assert [step.name for step in steps] == names
-    shapes = [(256, 588), (256, 192), (256, 192), (256, 192), (260, 192), (2401,), (2401,)]
+    shapes = [(256, 588), (256, 192), (256, 192), (256, 192), (4, 192), (2401,), (2401,)]
     assert [step.shape for step in steps] == shapes
     for step in steps:
         source = (ROOT / step.file).read_text().splitlines()
