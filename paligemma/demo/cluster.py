@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RequestCancelledError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..engine import MAX_ROWS
@@ -45,6 +45,7 @@ UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10, 300
 LAST_ANSWERS_SECONDS = 90  # for what a replica answers when it is replaced
 HEALTH_SECONDS = 5
 FIGURES_SECONDS = 5  # for all replicas to tell what they do
+TRIES_TO_START = 3  # of replicas in a row, until a checkpoint counts as one that cannot be loaded
 TRIES = 2  # to begin an answer, if a replica fails before its first token
 GONE = "The machine that made this answer has failed; please ask again, another one answers."
 
@@ -145,7 +146,7 @@ class RemoteAnswers:
                 self._tries_left = 0
             except (StopIteration, RequestCancelledError):
                 self._is_closed = True
-            except RayError as error:
+            except (RayError, RayServeException) as error:
                 log.warning("a replica has failed: %s", type(error).__name__)
                 if not self._tries_left and not self._is_closed:
                     raise PaliGemmaError(GONE) from error
@@ -321,12 +322,13 @@ class Cluster:
             request_router_config={"request_router_class": ROUTER},
             graceful_shutdown_timeout_s=LAST_ANSWERS_SECONDS,
             health_check_period_s=HEALTH_SECONDS,
-            max_constructor_retry_count=1,
+            max_constructor_retry_count=TRIES_TO_START,
         )
         try:
             return serve.run(deployment.bind(source, settings), name=name, route_prefix=None)
         except RuntimeError as error:
-            sentence = re.search(r"PaliGemmaError: (.*)", str(error))
+            states = serve.status().applications[name].deployments.values()
+            sentence = re.search(r"PaliGemmaError: (.*)", "".join(state.message for state in states))
             raise PaliGemmaError(
                 sentence[1] if sentence else f"The cluster cannot load {source or EMBEDDED}; please see Ray's log."
             ) from error
