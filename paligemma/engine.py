@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .compilation import CompiledModel
 from .config import PaliGemmaError
-from .hardware import give_back_freed_memory_later, lack_of_memory
+from .hardware import available_memory, give_back_freed_memory_later, lack_of_memory
 from .kv_cache import KVCache
 from .model import PaliGemma
 from .sequence import Closed, TokenSequence
@@ -32,7 +32,7 @@ from .sequence import Closed, TokenSequence
 # most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
 PREFILL_SHARE = 1.3
 MAX_ROWS = 16
-# Of all slots together; a 3B checkpoint has 38 MB of keys and values for 1,024 positions, in float32.
+# Of all slots together, see `_cache_bytes`; a 3B checkpoint has 38 MB of keys and values for 1,024 positions, in float32.
 MAX_CACHE_BYTES = 2**30
 TEXT_POSITIONS = 768  # of a slot, after the image: the longest prompt of the page and the longest answer to it
 MAX_FEATURE_BYTES = 64 * 2**20  # a 3B checkpoint has 2 MB of features for an image of 224 pixels, in float32
@@ -47,7 +47,7 @@ class Engine:
 
     Args:
         model: in its final place and dtype; nothing else may run it.
-        rows: how many sequences are decoded together at most, if their cache fits into `MAX_CACHE_BYTES`.
+        rows: how many sequences are decoded together at most, if the memory holds their cache, see `_cache_bytes`.
     """
 
     def __init__(self, model: PaliGemma, rows: int = MAX_ROWS):
@@ -170,7 +170,7 @@ class Engine:
         usual = self.model.config.vision.num_patches + TEXT_POSITIONS
         capacity = min(max(capacity, usual), text.max_position_embeddings)
         position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
-        slots = max(1, min(self.rows, MAX_CACHE_BYTES // (position * capacity)))
+        slots = max(1, min(self.rows, _cache_bytes(self.model.device) // (position * capacity)))
         cache = KVCache(text, slots, capacity, dtype, self.model.device)
         if self._compiled is not None:
             cache.mark_static()
@@ -274,3 +274,8 @@ class Engine:
                 sequence.put((sequence.last_id, probability))
                 if sequence.written == sequence.max_new_tokens:
                     sequence.put(None)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """What the cache may take: on a GPU half of the memory that is free, if that is more than elsewhere."""
+    return max(MAX_CACHE_BYTES, available_memory() // 2) if device.type == "cuda" else MAX_CACHE_BYTES

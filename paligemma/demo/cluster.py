@@ -134,7 +134,7 @@ class RemoteAnswers:
         return self
 
     def __next__(self) -> Event:
-        while not self._events:
+        while not self._events or self._is_closed:
             with self._lock:
                 if self._is_closed:
                     raise StopIteration
@@ -216,12 +216,20 @@ class RemoteModel:
         return VisionLanguageModel.decode_mask(cast(VisionLanguageModel, self), codes)  # it needs `mask_decoder` only
 
     def figures(self) -> dict[str, int]:
-        """Those of all replicas together, see `VisionLanguageModel.figures`."""
+        """Those of all replicas that tell them in time together, see `VisionLanguageModel.figures`."""
         total: dict[str, int] = {}
-        for figures in self._handle.broadcast("figures").results(timeout_s=FIGURES_SECONDS, return_exceptions=True):
-            for name, value in figures.items() if isinstance(figures, dict) else ():
+        for figures in self.figures_of_replicas():
+            for name, value in figures.items():
                 total[name] = total.get(name, 0) + value
         return total
+
+    def figures_of_replicas(self) -> list[dict[str, int]]:
+        """The figures of each replica."""
+        try:
+            told = self._handle.broadcast("figures").results(timeout_s=FIGURES_SECONDS, return_exceptions=True)
+        except (RayServeException, TimeoutError):  # there is none at present
+            return []
+        return [figures for figures in told if isinstance(figures, dict)]
 
     def close(self) -> None:
         """End the threads that keep the connection to the replicas."""

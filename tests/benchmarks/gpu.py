@@ -32,7 +32,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import paligemma
-from paligemma import engine
 from paligemma.checkpoints import EMBEDDED_FOLDER
 from paligemma.checkpoints.load import empty_model
 from paligemma.config import PaliGemmaConfig
@@ -41,7 +40,6 @@ from paligemma.processor import Processor
 CONTENDERS = ["paligemma", "paligemma, compiled", "transformers"]
 FIRST_TOKENS, TOKENS = 7, 48  # timed: images, and tokens of each answer
 READ_BYTES = {"cuda": 2**32, "cpu": 2**28}
-MAX_CACHE_BYTES = 8 * 2**30  # 32 rows of the second generation
 
 
 def shapes(size: str, family: str) -> PaliGemmaConfig:
@@ -105,7 +103,6 @@ def measure(contender: str, folder: Path, device: str, rows: Sequence[int]) -> M
     """Load, warm up, and time first tokens and steps."""
     if contender == "transformers":
         return measure_transformers(folder, device, rows)
-    engine.MAX_CACHE_BYTES = MAX_CACHE_BYTES
     start = time.perf_counter()
     vlm = paligemma.load(folder, device=device, dtype="bfloat16")
     wait(device)

@@ -88,8 +88,7 @@ def wait_for_replicas(remote):
 
 def figures(remote, name):
     """Of each replica."""
-    replicas = remote._handle.broadcast("figures").results(return_exceptions=True)
-    return [one[name] for one in replicas if isinstance(one, dict)]
+    return [one[name] for one in remote.figures_of_replicas()]
 
 
 def replica_processes():
