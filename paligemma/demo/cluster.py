@@ -14,6 +14,7 @@ import logging
 import re
 import signal
 import threading
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,12 +119,104 @@ class Replica:
                 batch.close()
 
 
+class Link:
+    """The way to the replicas of a deployment, through its handle."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+
+    def begin(self, key: str, arguments: tuple) -> Any:  # noqa: ANN401  # an iterator with `cancel`
+        """The stream of `Replica.stream_batch(*arguments)`; those with the same key go to the same replica."""
+        return self._handle.options(stream=True, session_id=key).stream_batch.remote(*arguments)
+
+    def parts(self) -> dict[str, object]:
+        """Of any replica."""
+        return self._handle.parts.remote().result()
+
+    def figures(self) -> list[object]:
+        """Of each replica, or an error in its place."""
+        return self._handle.broadcast("figures").results(timeout_s=FIGURES_SECONDS, return_exceptions=True)
+
+    def close(self) -> None:
+        """End the threads that keep the connection to the replicas."""
+        self._handle.shutdown()
+
+
+class Relay:
+    """An actor of the cluster that hands on what replicas stream to a page that is only a client of the cluster.
+
+    To such a page, which is what `ray://` makes it, Ray Serve itself streams nothing.
+    """
+
+    def __init__(self, application: str):
+        self._handle = serve.get_app_handle(application)
+        self._streams: dict[str, Any] = {}
+
+    async def begin(self, name: str, key: str, arguments: tuple) -> None:
+        self._streams[name] = Link(self._handle).begin(key, arguments)
+
+    async def read(self, name: str) -> list[Event | PaliGemmaError] | None:
+        """What has come since the last time, once something has; None at the end."""
+        try:
+            return await anext(self._streams[name])
+        except (StopAsyncIteration, KeyError, asyncio.CancelledError, RequestCancelledError):
+            self._streams.pop(name, None)
+            return None
+
+    async def cancel(self, name: str) -> None:
+        if stream := self._streams.pop(name, None):
+            stream.cancel()
+
+    async def parts(self) -> dict[str, object]:
+        return await self._handle.parts.remote()
+
+    async def figures(self) -> list[object]:
+        responses = self._handle.broadcast("figures")
+        return await responses.results_async(timeout_s=FIGURES_SECONDS, return_exceptions=True)
+
+
+class RelayedStream:
+    """A stream of a `Relay`: an iterator that any thread may cancel."""
+
+    def __init__(self, relay: Any, key: str, arguments: tuple):  # noqa: ANN401  # the handle of an actor
+        self._relay, self._name = relay, uuid.uuid4().hex
+        relay.begin.remote(self._name, key, arguments)
+
+    def __next__(self) -> list[Event | PaliGemmaError]:
+        some = ray.get(self._relay.read.remote(self._name))
+        if some is None:
+            raise StopIteration
+        return some
+
+    def cancel(self) -> None:
+        self._relay.cancel.remote(self._name)
+
+
+class RelayedLink:
+    """As `Link`, through a `Relay`."""
+
+    def __init__(self, application: str):
+        actor = ray.remote(Relay).options(num_cpus=0, max_restarts=-1, max_concurrency=1000)
+        self._relay = actor.remote(application)
+
+    def begin(self, key: str, arguments: tuple) -> RelayedStream:
+        return RelayedStream(self._relay, key, arguments)
+
+    def parts(self) -> dict[str, object]:
+        return ray.get(self._relay.parts.remote())
+
+    def figures(self) -> list[object]:
+        return ray.get(self._relay.figures.remote())
+
+    def close(self) -> None:
+        ray.kill(self._relay)
+
+
 class RemoteAnswers:
     """Answers that a replica makes: an iterator as `AnswerBatch` is, which any thread may close."""
 
-    def __init__(self, handle: DeploymentHandle, key: str, arguments: tuple):
-        self._handle = handle.options(stream=True, session_id=key)
-        self._arguments = arguments
+    def __init__(self, link: Link | RelayedLink, key: str, arguments: tuple):
+        self._link, self._key, self._arguments = link, key, arguments
         self._response: Any = None
         self._events: deque[Event | PaliGemmaError] = deque()
         self._tries_left = TRIES  # none once the first token has come
@@ -140,7 +233,7 @@ class RemoteAnswers:
                     raise StopIteration
                 if self._response is None:
                     self._tries_left -= 1
-                    self._response = self._handle.stream_batch.remote(*self._arguments)
+                    self._response = self._link.begin(self._key, self._arguments)
             try:
                 self._events.extend(next(self._response))
                 self._tries_left = 0
@@ -175,8 +268,8 @@ class RemoteModel:
     device: torch.device
     weight_dtype: torch.dtype
 
-    def __init__(self, handle: DeploymentHandle):
-        self._handle = handle
+    def __init__(self, link: Link | RelayedLink):
+        self._link = link
         self.refresh()
 
     @property
@@ -185,7 +278,7 @@ class RemoteModel:
 
     def refresh(self) -> None:
         """Fetch the parts that are used here from a replica."""
-        vars(self).update(self._handle.parts.remote().result())
+        vars(self).update(self._link.parts())
 
     def stream_batch(
         self,
@@ -205,7 +298,7 @@ class RemoteModel:
                     pixels.append(self._pixels(image))
             numbers.append([places[id(image)] for image in own])
         key = hashlib.sha256(pixels[0].data).hexdigest() if pixels else ""
-        return RemoteAnswers(self._handle, key, (pixels, numbers, list(prompts), settings))
+        return RemoteAnswers(self._link, key, (pixels, numbers, list(prompts), settings))
 
     def generate(self, image: Images, prompt: str, **settings: Any) -> str:  # noqa: ANN401
         """The whole answer at once."""
@@ -226,14 +319,14 @@ class RemoteModel:
     def figures_of_replicas(self) -> list[dict[str, int]]:
         """The figures of each replica."""
         try:
-            told = self._handle.broadcast("figures").results(timeout_s=FIGURES_SECONDS, return_exceptions=True)
-        except (RayServeException, TimeoutError):  # there is none at present
+            told = self._link.figures()
+        except (RayError, RayServeException, TimeoutError):  # there is none at present
             return []
         return [figures for figures in told if isinstance(figures, dict)]
 
     def close(self) -> None:
-        """End the threads that keep the connection to the replicas."""
-        self._handle.shutdown()
+        """Leave the replicas."""
+        self._link.close()
 
     def _pixels(self, image: Any) -> np.ndarray:  # noqa: ANN401
         """The image as the processor resizes it, uint8 [image_size, image_size, 3], which is all that has to travel."""
@@ -246,7 +339,8 @@ class Cluster:
     """Loads checkpoints as deployments of a Ray cluster.
 
     Args:
-        address: `auto` for the cluster that this machine belongs to, `local` for one of this machine alone.
+        address: `auto` for the cluster that this machine belongs to, `ray://HOST:PORT` for another that it is a client of,
+            `local` for one of this machine alone.
         replicas: how many of each checkpoint there are at least and at most; None: one to as many as fit now.
         cpus: cores of each; None: one beside a GPU, else all that a machine has.
         device: `cuda`, `cpu`, or None for GPUs where the cluster has any.
@@ -267,6 +361,7 @@ class Cluster:
         if cpus is not None and cpus < 1:
             raise PaliGemmaError(f"A replica cannot have {cpus} cores; please give one or more.")
         _connect(address, ray_settings)
+        self._is_client = address.startswith("ray://")
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if device != "cpu" else 0
         if device == "cuda" and not gpus:
@@ -292,7 +387,8 @@ class Cluster:
         progress("Starting replicas", None)
         settings = settings | {"device": self.device}
         name = _application_name(source)
-        remote = RemoteModel(self._deploy(name, source, settings))
+        handle = self._deploy(name, source, settings)
+        remote = RemoteModel(RelayedLink(name) if self._is_client else Link(handle))
         self._loaded[name] = source, settings, remote
         return cast(VisionLanguageModel, remote)  # all of it that the page uses
 
