@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .compilation import CompiledModel
 from .config import PaliGemmaError
-from .hardware import give_back_freed_memory_later, lack_of_memory, on_device
+from .hardware import available_memory, give_back_freed_memory_later, lack_of_memory, on_device
 from .kv_cache import KVCache
 from .model import PaliGemma
 from .prefill import Prefill
@@ -33,7 +33,7 @@ from .sequence import Closed, TokenSequence
 # most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
 PREFILL_SHARE = 1.3
 MAX_ROWS = 16
-# Of all slots together; a 3B checkpoint has 38 MB of keys and values for 1,024 positions, in float32.
+# Of all slots together, see `_cache_bytes`; a 3B checkpoint has 38 MB of keys and values for 1,024 positions, in float32.
 MAX_CACHE_BYTES = 2**30
 TEXT_POSITIONS = 768  # of a slot, after the image: the longest prompt of the page and the longest answer to it
 NOT_FINITE = (
@@ -48,7 +48,7 @@ class Engine:
 
     Args:
         model: in its final place and dtype; nothing else may run it.
-        rows: how many sequences are decoded together at most, if their cache fits into `MAX_CACHE_BYTES`.
+        rows: how many sequences are decoded together at most, if the memory holds their cache, see `_cache_bytes`.
     """
 
     def __init__(self, model: PaliGemma, rows: int = MAX_ROWS):
@@ -187,7 +187,8 @@ class Engine:
         text, dtype = self.model.config.text, self.model.dtype
         usual = self.model.config.vision.num_patches + TEXT_POSITIONS
         capacity = min(max(capacity, usual), text.max_position_embeddings)
-        slots = max(1, min(self.rows, MAX_CACHE_BYTES // (text.cached_numbers * dtype.itemsize * capacity)))
+        position = text.cached_numbers * dtype.itemsize
+        slots = max(1, min(self.rows, _cache_bytes(self.model.device) // (position * capacity)))
         cache = KVCache(text, slots, capacity, dtype, self.model.device)
         if self.prefill.compiled is not None:
             cache.mark_static()
@@ -281,3 +282,8 @@ class Engine:
                 sequence.put((int(token_id), probability))
                 if sequence.written == sequence.max_new_tokens:
                     sequence.put(None)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """What the cache may take: on a GPU half of the memory that is free, if that is more than elsewhere."""
+    return max(MAX_CACHE_BYTES, available_memory() // 2) if device.type == "cuda" else MAX_CACHE_BYTES

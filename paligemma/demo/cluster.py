@@ -14,6 +14,7 @@ import logging
 import re
 import signal
 import threading
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ import torch
 from PIL import Image
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RequestCancelledError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..engine import MAX_ROWS
@@ -45,6 +46,7 @@ UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10, 300
 LAST_ANSWERS_SECONDS = 90  # for what a replica answers when it is replaced
 HEALTH_SECONDS = 5
 FIGURES_SECONDS = 5  # for all replicas to tell what they do
+TRIES_TO_START = 3  # of replicas in a row, until a checkpoint counts as one that cannot be loaded
 TRIES = 2  # to begin an answer, if a replica fails before its first token
 GONE = "The machine that made this answer has failed; please ask again, another one answers."
 
@@ -117,12 +119,104 @@ class Replica:
                 batch.close()
 
 
+class Link:
+    """The way to the replicas of a deployment, through its handle."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+
+    def begin(self, key: str, arguments: tuple) -> Any:  # noqa: ANN401  # an iterator with `cancel`
+        """The stream of `Replica.stream_batch(*arguments)`; those with the same key go to the same replica."""
+        return self._handle.options(stream=True, session_id=key).stream_batch.remote(*arguments)
+
+    def parts(self) -> dict[str, object]:
+        """Of any replica."""
+        return self._handle.parts.remote().result()
+
+    def figures(self) -> list[object]:
+        """Of each replica, or an error in its place."""
+        return self._handle.broadcast("figures").results(timeout_s=FIGURES_SECONDS, return_exceptions=True)
+
+    def close(self) -> None:
+        """End the threads that keep the connection to the replicas."""
+        self._handle.shutdown()
+
+
+class Relay:
+    """An actor of the cluster that hands on what replicas stream to a page that is only a client of the cluster.
+
+    To such a page, which is what `ray://` makes it, Ray Serve itself streams nothing.
+    """
+
+    def __init__(self, application: str):
+        self._handle = serve.get_app_handle(application)
+        self._streams: dict[str, Any] = {}
+
+    async def begin(self, name: str, key: str, arguments: tuple) -> None:
+        self._streams[name] = Link(self._handle).begin(key, arguments)
+
+    async def read(self, name: str) -> list[Event | PaliGemmaError] | None:
+        """What has come since the last time, once something has; None at the end."""
+        try:
+            return await anext(self._streams[name])
+        except (StopAsyncIteration, KeyError, asyncio.CancelledError, RequestCancelledError):
+            self._streams.pop(name, None)
+            return None
+
+    async def cancel(self, name: str) -> None:
+        if stream := self._streams.pop(name, None):
+            stream.cancel()
+
+    async def parts(self) -> dict[str, object]:
+        return await self._handle.parts.remote()
+
+    async def figures(self) -> list[object]:
+        responses = self._handle.broadcast("figures")
+        return await responses.results_async(timeout_s=FIGURES_SECONDS, return_exceptions=True)
+
+
+class RelayedStream:
+    """A stream of a `Relay`: an iterator that any thread may cancel."""
+
+    def __init__(self, relay: Any, key: str, arguments: tuple):  # noqa: ANN401  # the handle of an actor
+        self._relay, self._name = relay, uuid.uuid4().hex
+        relay.begin.remote(self._name, key, arguments)
+
+    def __next__(self) -> list[Event | PaliGemmaError]:
+        some = ray.get(self._relay.read.remote(self._name))
+        if some is None:
+            raise StopIteration
+        return some
+
+    def cancel(self) -> None:
+        self._relay.cancel.remote(self._name)
+
+
+class RelayedLink:
+    """As `Link`, through a `Relay`."""
+
+    def __init__(self, application: str):
+        actor = ray.remote(Relay).options(num_cpus=0, max_restarts=-1, max_concurrency=1000)
+        self._relay = actor.remote(application)
+
+    def begin(self, key: str, arguments: tuple) -> RelayedStream:
+        return RelayedStream(self._relay, key, arguments)
+
+    def parts(self) -> dict[str, object]:
+        return ray.get(self._relay.parts.remote())
+
+    def figures(self) -> list[object]:
+        return ray.get(self._relay.figures.remote())
+
+    def close(self) -> None:
+        ray.kill(self._relay)
+
+
 class RemoteAnswers:
     """Answers that a replica makes: an iterator as `AnswerBatch` is, which any thread may close."""
 
-    def __init__(self, handle: DeploymentHandle, key: str, arguments: tuple):
-        self._handle = handle.options(stream=True, session_id=key)
-        self._arguments = arguments
+    def __init__(self, link: Link | RelayedLink, key: str, arguments: tuple):
+        self._link, self._key, self._arguments = link, key, arguments
         self._response: Any = None
         self._events: deque[Event | PaliGemmaError] = deque()
         self._tries_left = TRIES  # none once the first token has come
@@ -133,19 +227,19 @@ class RemoteAnswers:
         return self
 
     def __next__(self) -> Event:
-        while not self._events:
+        while not self._events or self._is_closed:
             with self._lock:
                 if self._is_closed:
                     raise StopIteration
                 if self._response is None:
                     self._tries_left -= 1
-                    self._response = self._handle.stream_batch.remote(*self._arguments)
+                    self._response = self._link.begin(self._key, self._arguments)
             try:
                 self._events.extend(next(self._response))
                 self._tries_left = 0
             except (StopIteration, RequestCancelledError):
                 self._is_closed = True
-            except RayError as error:
+            except (RayError, RayServeException) as error:
                 log.warning("a replica has failed: %s", type(error).__name__)
                 if not self._tries_left and not self._is_closed:
                     raise PaliGemmaError(GONE) from error
@@ -174,8 +268,8 @@ class RemoteModel:
     device: torch.device
     weight_dtype: torch.dtype
 
-    def __init__(self, handle: DeploymentHandle):
-        self._handle = handle
+    def __init__(self, link: Link | RelayedLink):
+        self._link = link
         self.refresh()
 
     @property
@@ -184,7 +278,7 @@ class RemoteModel:
 
     def refresh(self) -> None:
         """Fetch the parts that are used here from a replica."""
-        vars(self).update(self._handle.parts.remote().result())
+        vars(self).update(self._link.parts())
 
     def stream_batch(
         self,
@@ -204,7 +298,7 @@ class RemoteModel:
                     pixels.append(self._pixels(image))
             numbers.append([places[id(image)] for image in own])
         key = hashlib.sha256(pixels[0].data).hexdigest() if pixels else ""
-        return RemoteAnswers(self._handle, key, (pixels, numbers, list(prompts), settings))
+        return RemoteAnswers(self._link, key, (pixels, numbers, list(prompts), settings))
 
     def generate(self, image: Images, prompt: str, **settings: Any) -> str:  # noqa: ANN401
         """The whole answer at once."""
@@ -215,16 +309,24 @@ class RemoteModel:
         return VisionLanguageModel.decode_mask(cast(VisionLanguageModel, self), codes)  # it needs `mask_decoder` only
 
     def figures(self) -> dict[str, int]:
-        """Those of all replicas together, see `VisionLanguageModel.figures`."""
+        """Those of all replicas that tell them in time together, see `VisionLanguageModel.figures`."""
         total: dict[str, int] = {}
-        for figures in self._handle.broadcast("figures").results(timeout_s=FIGURES_SECONDS, return_exceptions=True):
-            for name, value in figures.items() if isinstance(figures, dict) else ():
+        for figures in self.figures_of_replicas():
+            for name, value in figures.items():
                 total[name] = total.get(name, 0) + value
         return total
 
+    def figures_of_replicas(self) -> list[dict[str, int]]:
+        """The figures of each replica."""
+        try:
+            told = self._link.figures()
+        except (RayError, RayServeException, TimeoutError):  # there is none at present
+            return []
+        return [figures for figures in told if isinstance(figures, dict)]
+
     def close(self) -> None:
-        """End the threads that keep the connection to the replicas."""
-        self._handle.shutdown()
+        """Leave the replicas."""
+        self._link.close()
 
     def _pixels(self, image: Any) -> np.ndarray:  # noqa: ANN401
         """The image as the processor resizes it, uint8 [image_size, image_size, 3], which is all that has to travel."""
@@ -237,7 +339,8 @@ class Cluster:
     """Loads checkpoints as deployments of a Ray cluster.
 
     Args:
-        address: `auto` for the cluster that this machine belongs to, `local` for one of this machine alone.
+        address: `auto` for the cluster that this machine belongs to, `ray://HOST:PORT` for another that it is a client of,
+            `local` for one of this machine alone.
         replicas: how many of each checkpoint there are at least and at most; None: one to as many as fit now.
         cpus: cores of each; None: one beside a GPU, else all that a machine has.
         device: `cuda`, `cpu`, or None for GPUs where the cluster has any.
@@ -258,6 +361,7 @@ class Cluster:
         if cpus is not None and cpus < 1:
             raise PaliGemmaError(f"A replica cannot have {cpus} cores; please give one or more.")
         _connect(address, ray_settings)
+        self._is_client = address.startswith("ray://")
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if device != "cpu" else 0
         if device == "cuda" and not gpus:
@@ -288,7 +392,8 @@ class Cluster:
         progress("Starting replicas", None)
         settings = settings | {"device": self.device, "adapter": (adapters or {}).get(source)}
         name = _application_name(source)
-        remote = RemoteModel(self._deploy(name, source, settings))
+        handle = self._deploy(name, source, settings)
+        remote = RemoteModel(RelayedLink(name) if self._is_client else Link(handle))
         self._loaded[name] = source, settings, remote
         return cast(VisionLanguageModel, remote)  # all of it that the page uses
 
@@ -326,12 +431,13 @@ class Cluster:
             request_router_config={"request_router_class": ROUTER},
             graceful_shutdown_timeout_s=LAST_ANSWERS_SECONDS,
             health_check_period_s=HEALTH_SECONDS,
-            max_constructor_retry_count=1,
+            max_constructor_retry_count=TRIES_TO_START,
         )
         try:
             return serve.run(deployment.bind(source, settings), name=name, route_prefix=None)
         except RuntimeError as error:
-            sentence = re.search(r"PaliGemmaError: (.*)", str(error))
+            states = serve.status().applications[name].deployments.values()
+            sentence = re.search(r"PaliGemmaError: (.*)", "".join(state.message for state in states))
             raise PaliGemmaError(
                 sentence[1] if sentence else f"The cluster cannot load {source or EMBEDDED}; please see Ray's log."
             ) from error

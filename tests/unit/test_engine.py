@@ -231,7 +231,9 @@ def test_a_fork_of_the_process_answers_as_well(vlm):
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_compiled_graphs_answer_the_same_and_are_never_compiled_again(tmp_path, monkeypatch, family):
     torch._dynamo.reset()
-    eager = paligemma.load(save_reference(make_reference(family=family, kv_heads=2, std=0.2), tmp_path / family))
+    eager = paligemma.load(
+        save_reference(make_reference(family=family, kv_heads=2, std=0.2, layers=2), tmp_path / family)
+    )
     graphs, compile_graph = [], torch.compile
 
     def compile_here(function, mode, **others):
@@ -269,6 +271,12 @@ def test_who_needs_a_cache_that_the_memory_does_not_hold_is_told_and_others_are_
     with pytest.raises(PaliGemmaError, match="The memory of cpu is too small"):
         vlm.generate_batch(IMAGES[:2], PROMPTS[:2], max_new_tokens=3)
     assert vlm.generate(IMAGES[0], PROMPTS[0], max_new_tokens=3)
+
+
+@pytest.mark.parametrize(("device", "free", "expected"), [("cpu", 64, 1), ("cuda", 64, 32), ("cuda", 1, 1)])
+def test_a_gpu_gives_half_of_its_free_memory_to_the_cache(monkeypatch, device, free, expected):
+    monkeypatch.setattr(engine, "available_memory", lambda: free * 2**30)
+    assert engine._cache_bytes(torch.device(device)) == expected * 2**30
 
 
 def test_freed_memory_is_given_back_once_nothing_has_been_asked_for_a_while(vlm, monkeypatch):
