@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
@@ -122,7 +123,7 @@ def test_an_option_that_needs_one_more_package_names_it(monkeypatch, capsys, opt
     import app
 
     monkeypatch.setattr(sys, "argv", ["app.py", option])
-    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         app.main()
     assert command in capsys.readouterr().err
@@ -147,11 +148,11 @@ def test_options_that_cannot_be_are_refused_with_one_sentence(monkeypatch, capsy
 
 
 def test_spaces_around_a_setting_do_not_count(monkeypatch):
-    import app
+    from paligemma.demo.options import parse_arguments
 
     monkeypatch.setattr(sys, "argv", ["app.py", "--model", " owner/name ", "--models", "embedded , a/b,"])
     monkeypatch.setenv("PALIGEMMA_DEVICE", "cpu\n")
-    arguments = app._parse_arguments()
+    arguments = parse_arguments(None)
     assert arguments.sources == ["owner/name", "embedded", "a/b"]
     assert arguments.device == "cpu"
 
