@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from threading import Thread
 
 import httpx
 import pytest
+import torch
 from conftest import EXAMPLES, ROOT, wait_until
 from gradio_client import Client, handle_file
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +26,9 @@ from hypothesis import strategies as st
 from random_checkpoints import make_reference, save_reference
 
 import paligemma
+from paligemma.checkpoints.adapters import LoraConfig, save_adapter
 from paligemma.demo.serving import load_checkpoint
+from paligemma.training.lora import add_lora, lora_matrices, target_modules
 
 PICTURE = EXAMPLES / "cats.png"
 
@@ -167,6 +171,25 @@ def test_several_checkpoints_are_offered(tmp_path):
         ]
     assert [name for name, _ in menu["choices"]] == ["embedded", str(folder)]
     assert menu["visible"]
+
+
+def test_an_adapter_is_for_the_checkpoint_that_is_named_first_or_names_it_itself(tmp_path):
+    base = save_reference(make_reference(std=0.2), tmp_path / "base")
+    config = LoraConfig(str(base), 2, 8, target_modules(["decoder"]))
+    vlm = paligemma.load(base)
+    add_lora(vlm.model, config)
+    for _, up in lora_matrices(vlm.model).values():
+        torch.nn.init.normal_(up)
+    save_adapter(config, lora_matrices(vlm.model), tmp_path / "adapter")
+    expected, plain = (one.generate(PICTURE, "ocr", max_new_tokens=8) for one in (vlm, paligemma.load(base)))
+    assert expected != plain
+    with served(PALIGEMMA_ADAPTER=str(tmp_path / "adapter")) as (_, address):
+        client = Client(address, verbose=False)
+        assert client.predict(handle_file(PICTURE), "ocr", 8, api_name="/generate")[0] == expected
+    adapters = {str(base): str(tmp_path / "adapter")}
+    assert load_checkpoint(str(base), {}, adapters).generate(PICTURE, "ocr", max_new_tokens=8) == expected
+    other = shutil.copytree(base, tmp_path / "other")
+    assert load_checkpoint(str(other), {}, adapters).generate(PICTURE, "ocr", max_new_tokens=8) == plain
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_the_one_that_is_named(tmp_path, tiny):

@@ -8,12 +8,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from conftest import wait_until
 from gradio_client import Client, handle_file
 
 import paligemma
@@ -51,16 +52,19 @@ def page_of(command, folder, environment):
         f"exec {command}", shell=True, cwd=folder, env={**environment, "GRADIO_SERVER_PORT": str(port)}
     )
     try:
-        for _ in range(600):
-            with socket.socket() as tried:
-                if tried.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None
-            time.sleep(0.5)
+        wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}"), seconds=300)
+        assert process.poll() is None
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
+
+
+def answers(address):
+    try:
+        return httpx.get(address).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def answer_of(address, picture):
