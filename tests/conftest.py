@@ -112,6 +112,17 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def load_both(tmp_path: Path) -> Callable[..., tuple[object, paligemma.VisionLanguageModel]]:
+    """A function that makes a reference with the given sizes and loads it with ours as well."""
+
+    def load(**sizes):
+        reference = make_reference(**sizes)
+        return reference, paligemma.load(save_reference(reference, tmp_path / "checkpoint"))
+
+    return load
+
+
 class Watched(paligemma.VisionLanguageModel):
     """A model that counts the tokens that are computed, and takes as long for each step as a large one would."""
 
