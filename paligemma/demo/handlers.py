@@ -296,6 +296,14 @@ def show_status(models: Models, checkpoint: str) -> dict[str, Any]:
     }
 
 
+@cache
+def official_checkpoints() -> str:
+    """What the official checkpoints are for, how large they are and where they run, in Markdown."""
+    from ..checkpoints import official
+
+    return f"Whoever starts this page chooses: `PALIGEMMA_MODEL=google/paligemma2-3b-mix-224`.\n\n{official.table()}"
+
+
 def about(checkpoint: str) -> str:
     """What the page runs, in Markdown."""
     return ABOUT_EMBEDDED if checkpoint == EMBEDDED else ABOUT_OTHER.format(checkpoint)

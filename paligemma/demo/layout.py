@@ -11,7 +11,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ..prompts import ENGLISH, LANGUAGES
-from .handlers import EXAMPLES, EXAMPLES_FOLDER, MAX_PROMPTS, SEE_INSIDE, SETTINGS
+from .handlers import EXAMPLES, EXAMPLES_FOLDER, MAX_PROMPTS, SEE_INSIDE, SETTINGS, official_checkpoints
 from .scripts import CHOOSE_FILE, TELL_CHOICE, ZOOM
 
 PANEL = ("words", "rivals", "section", "distribution")  # parts of the panel “See inside”, from top to bottom
@@ -96,7 +96,12 @@ def settings_menu(checkpoints: Sequence[str]) -> tuple[gr.Dropdown, list[Compone
             for one in ranges
         ]
         # A text, since an empty `gr.Number` shows and sends 0.
-        return checkpoint, [*sliders, gr.Textbox(label=seed.label, max_lines=1, max_length=19, elem_id=seed.name)]
+        typed = gr.Textbox(label=seed.label, max_lines=1, max_length=19, elem_id=seed.name)
+        with gr.Accordion("Official checkpoints, and where they run", open=False) as official:
+            table = gr.Markdown(elem_id="official")
+        # Not at once, since it takes a second to compute.
+        official.expand(official_checkpoints, None, table, api_visibility="private")
+        return checkpoint, [*sliders, typed]
 
 
 def actions() -> tuple[gr.Column, gr.Button, gr.Button, gr.Button, gr.Button, gr.Button]:
