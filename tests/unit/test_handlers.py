@@ -15,6 +15,7 @@ from PIL import Image
 
 from paligemma import PaliGemmaError
 from paligemma.demo import handlers
+from paligemma.demo.layout import example_files
 from paligemma.demo.serving import EMBEDDED, Models
 
 GREEDY = (64, 0, 0, 1, "")
@@ -55,8 +56,21 @@ def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny
 @pytest.mark.parametrize("example", handlers.EXAMPLES, ids=lambda example: example["prompt"])
 def test_the_answers_that_come_with_the_page_are_those_of_the_embedded_checkpoint(tiny, example):
     image = handlers.EXAMPLES_FOLDER / example["picture"]
-    answer = tiny.generate(image, example["prompt"], max_new_tokens=handlers.DEFAULT_NEW_TOKENS)
-    assert answer == example["answer"]
+    tokens = list(tiny.stream(image, example["prompt"], max_new_tokens=handlers.DEFAULT_NEW_TOKENS))
+    assert "".join(token.text for token in tokens) == example["answer"]
+    assert [token.id for token in tokens] == example["ids"]
+    assert [token.probability for token in tokens] == pytest.approx(example["probabilities"], abs=0.01)
+
+
+def test_a_page_without_the_embedded_checkpoint_shows_its_stored_answers_as_well(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    models, records = Models(["a/b"], lambda source, **_: tiny), handlers.example_records(example_files())
+    for record, example in zip(records, handlers.EXAMPLES):
+        shown = handlers.show_again(models, [record], 0)
+        boxes = example["answer"].count("<loc") // 4
+        assert shown["figure"].count('class="box"') == boxes
+        assert shown["prompt"] == example["prompt"]
+    assert json.loads(Path(handlers.save_objects(models, records[0])).read_text())[0]["label"] == "apple"
 
 
 def test_further_images_come_before_the_prompt_with_the_first(models, tiny, upload):
