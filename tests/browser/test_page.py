@@ -77,7 +77,7 @@ def choose_example(tab, prompt):
 
 def test_at_first_sight_a_stored_answer_is_there_and_said_to_be_stored(open_page, page_address):
     tab = open_page(page_address)
-    (picture, prompt, answer), *_ = (one.values() for one in handlers.EXAMPLES)
+    picture, prompt, answer = (handlers.EXAMPLES[0][name] for name in ("picture", "prompt", "answer"))
     expect(tab.locator("#speed")).to_contain_text("A stored answer")
     expect(tab.locator(TEXT)).to_have_text(answer)
     expect(tab.locator(PROMPT)).to_have_value(prompt)

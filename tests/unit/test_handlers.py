@@ -42,11 +42,13 @@ def upload(tmp_path, monkeypatch):
 def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny, upload):
     image = upload("cats.png")
     first, *steps, last = handlers.run(models, image, None, "detect cat\n\n caption en ", EMBEDDED, [], *GREEDY)
-    assert first == {"figure": "", "answers": "", "speed": "", "is_answered": False}
+    assert first == {"figure": "", "answers": "", "speed": "", "is_answered": False} | handlers.CLOSED
     assert len([step for step in steps if step.get("figure")]) >= 2, "objects are drawn one after another"
     answers = [(prompt, tiny.generate(image["path"], prompt)) for prompt in ("detect cat", "caption en")]
     assert last["record"]["answers"] == answers
     assert last["history"] == [last["record"]]
+    tokens = list(tiny.stream(image["path"], "detect cat"))
+    assert last["record"]["tokens"][0].ids.tolist() == [token.id for token in tokens]
     assert last["is_answered"]
     assert image["url"] in last["past_answers"]
     assert answers[1][1] in steps[-1]["answers"]
@@ -297,10 +299,10 @@ def test_large_images_are_read_when_others_are_done_with(upload, monkeypatch):
     monkeypatch.setattr(handlers, "STATUS_SECONDS", 0.01)
     monkeypatch.setattr(handlers, "MAX_HELD_PIXELS", 100)
     image = upload("cats.png")
-    (opened, _), second = handlers._result(handlers.open_upload(image, None)), handlers.open_upload(image, "meanwhile")
+    (opened, _), second = handlers.result(handlers.open_upload(image, None)), handlers.open_upload(image, "meanwhile")
     assert [next(second) for _ in range(50)] == ["meanwhile"] * 50
     del opened
-    assert handlers._result(second)[0].size == Image.open(image["path"]).size
+    assert handlers.result(second)[0].size == Image.open(image["path"]).size
 
 
 def test_a_folder_is_no_image(models, upload, tmp_path):
