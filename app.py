@@ -62,7 +62,8 @@ LAUNCH_SETTINGS: dict[str, Any] = {
 }
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 TOGETHER: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 16}  # who comes later waits in a queue
-LOOKING: dict[str, Any] = {"concurrency_id": "inside", "concurrency_limit": 8, "trigger_mode": "always_last"}
+# (With `always_last`, Gradio would give the last of several events the choice of the first.)
+LOOKING: dict[str, Any] = {"concurrency_id": "inside", "concurrency_limit": 8, "trigger_mode": "multiple"}
 LOOKING |= {"api_visibility": "private", "show_progress": "hidden"}
 
 log = logging.getLogger(__name__)
@@ -203,14 +204,15 @@ def build_page(models: Models) -> Page:
             [image, more_images, prompt, figure, answers, speed, record, actions, *closing],
             **AT_ONCE,
         )
-        see_inside.click(on_page(inside.toggle, models), [record, view], [*closing, *panel_parts], **LOOKING)
+        once = LOOKING | {"trigger_mode": "once"}
+        see_inside.click(on_page(inside.toggle, models), [record, view], [*closing, *panel_parts], **once)
         gr.on(
             [part.click for part in (heat, *panel_parts)], look, [record, view], [view, heat, *panel_parts], **LOOKING
         )
         words, rivals, section, distribution = panel_parts
         if not IS_ZERO_GPU:  # each look would ask for a GPU
-            words.select(peek, [record, view], rivals, trigger_mode="always_last", **AT_ONCE)
-        section.input(redraw, [record, view], distribution, trigger_mode="always_last", **AT_ONCE)
+            words.select(peek, [record, view], rivals, trigger_mode="multiple", **AT_ONCE)
+        section.input(redraw, [record, view], distribution, trigger_mode="multiple", **AT_ONCE)
         # A visitor who comes while the model is being loaded sees how far it is.
         gr.on(
             [page.load, timer.tick, checkpoint.change],

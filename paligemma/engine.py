@@ -61,7 +61,7 @@ class Engine:
         # The same thread for good, since a CUDA graph belongs to the one that recorded it; it ends with the engine.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._changed = Condition()
-        self._is_awake = False
+        self._is_awake = self._is_in_job = False
         self._jobs: deque[tuple[Future, Callable[[], Any]]] = deque()
         self._waiting: deque[TokenSequence] = deque()
         self._running: list[TokenSequence] = []
@@ -152,10 +152,13 @@ class Engine:
 
     def _do_job(self) -> None:
         future, job = self._jobs.popleft()
+        self._is_in_job = True
         try:
             future.set_result(job())
         except Exception as error:
             future.set_exception(lack_of_memory(error, self.model.device))
+        finally:
+            self._is_in_job = False
 
     def _is_any_active(self) -> bool:
         return any(not self._is_paused(sequence) for sequence in self._running)
@@ -228,7 +231,7 @@ class Engine:
             waited = now - self._last_step + (now - layer_start)
             if waited > PREFILL_SHARE * self._step_seconds and self._is_any_active():
                 self._step()
-            while self._jobs:
+            while self._jobs and not self._is_in_job:  # else the first would wait for all that come later
                 self._do_job()
             layer_start = time.perf_counter()
             sequence.prefill_seconds -= layer_start - now

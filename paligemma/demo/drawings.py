@@ -55,6 +55,8 @@ def token_name(text: str) -> str:
 
 
 def percent(share: float) -> str:
+    if 0 < share < 0.0005:
+        return "< 0.1 %"
     return f"{100 * share:.1f} %" if 0 < share < 0.995 else f"{100 * share:.0f} %"
 
 
@@ -64,7 +66,7 @@ def bar(name: str, share: float, note: str = "", color: str = "", attributes: st
     kind = ' type="button"' if attributes else ""
     return (
         f'<{tag}{kind} class="bar {color}" {attributes}><span>{name}</span>'
-        f'<i style="--share: {share:.4f}"></i><small>{note or percent(share)}</small></{tag}>'
+        f'<i style="--share: {share:.4f}"></i><small>{note or escape(percent(share))}</small></{tag}>'
     )
 
 
@@ -102,7 +104,7 @@ def words_html(title: str, line: int, tokens: Sequence[tuple[str, float]], chose
     """
     buttons = "".join(
         f'<button type="button" {choice(line=line, index=index)} aria-pressed="{str(index == chosen).lower()}" '
-        f'style="--unsure: {1 - probability:.2f}" title="{percent(probability)}">{token_name(text)}</button>'
+        f'style="--unsure: {1 - probability:.2f}" title="{escape(percent(probability))}">{token_name(text)}</button>'
         for index, (text, probability) in enumerate(tokens)
     )
     return f'<div class="line"><small>{escape(title)}</small><div class="words">{buttons}</div></div>'
@@ -167,7 +169,7 @@ def attention_html(seen: Inspection, layer: int | None, head: int | None, line: 
     bars = "".join(bar(NAMES[kind], share, color=f"of-{kind}") for kind, share in shares.items())
     first = len(mean) - len(seen.texts)
     words = "".join(
-        f'<span style="--share: {share / max(mean[first:].max(), 1e-9):.3f}" title="{percent(share)}">{token_name(text)}</span>'
+        f'<span style="--share: {share / max(mean[first:].max(), 1e-9):.3f}" title="{escape(percent(share))}">{token_name(text)}</span>'
         for text, share in zip(seen.texts, mean[first:].tolist())
     )
     layers, heads = seen.attention.shape[:2]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ATTENTION, LAYERS, WHAT_IF, MASK, CACHE, ENCODER, WALK = TABS = (
     "Attention", "Layers", "What if", "Mask", "Cache", "Encoder", "Walk",
 )  # fmt: skip
-CLOSE = "Close the look inside"
+CLOSE = "Close"
 MAX_BRANCHES = 3
 MAX_SEEN = 16  # steps that are remembered, of all visitors; each takes some MB at most
 NO_TOKEN = '<p class="tip">This answer is empty: the model ended it at once.</p>'

@@ -27,12 +27,19 @@ CHANGE_PICTURE = f"""(prompt) => {{
     const task = isExample ? {json.dumps(TASKS[0].prompt())} : prompt;
     return [task, "", "", "", {json.dumps(NOTHING_YET)}, hidden, hidden];
 }}"""
-# A click on an element with `data-choice`, or on a patch of an image with `data-rows` and `data-columns`, as a click on the
-# `gr.HTML` around it, whose event has the `choice`; to point at one, as a selection; to move sliders with `data-name`, as
-# an input of all their values. What had the focus has it again after it is drawn anew.
+# What is done to a `gr.HTML`, as its events, which have a `choice`. A click: on an element with `data-choice`, or on a patch
+# of an image with `data-rows` and `data-columns`. A selection: such an element is pointed at, or, when the pointer leaves,
+# the pressed one again. An input: the values of all sliders with `data-name`. What had the focus before the HTML was drawn
+# anew has it again.
 TELL_CHOICE = """
 let latest, timer;
 const find = (event) => event.target.closest("[data-choice]");
+const point = (pointed) => {
+    if (!pointed || pointed.dataset.choice === latest) return;
+    latest = pointed.dataset.choice;
+    clearTimeout(timer);
+    timer = setTimeout(() => trigger("select", {choice: JSON.parse(pointed.dataset.choice)}), 120);
+};
 element.addEventListener("click", (event) => {
     const chosen = find(event), grid = event.target.closest("[data-rows]");
     if (chosen) {
@@ -40,20 +47,15 @@ element.addEventListener("click", (event) => {
         clearTimeout(timer);
         trigger("click", {choice: JSON.parse(latest)});
     } else if (grid) {
-        const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(grid.getScreenCTM().inverse());
+        const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(grid.getScreenCTM().inverse());
         const {width, height} = grid.viewBox.baseVal, {rows, columns} = grid.dataset;
-        const row = Math.floor(point.y / height * rows), column = Math.floor(point.x / width * columns);
+        const row = Math.floor(at.y / height * rows), column = Math.floor(at.x / width * columns);
         if (row >= 0 && row < rows && column >= 0 && column < columns)
             trigger("click", {choice: {patch: row * columns + column}});
     }
 });
-for (const kind of ["pointerover", "focusin"]) element.addEventListener(kind, (event) => {
-    const pointed = find(event);
-    if (!pointed || pointed.dataset.choice === latest) return;
-    latest = pointed.dataset.choice;
-    clearTimeout(timer);
-    timer = setTimeout(() => trigger("select", {choice: JSON.parse(pointed.dataset.choice)}), 120);
-});
+for (const kind of ["pointerover", "focusin"]) element.addEventListener(kind, (event) => point(find(event)));
+element.addEventListener("pointerleave", () => point(element.querySelector("[aria-pressed=true]")));
 element.addEventListener("input", (event) => {
     if (event.target.nextElementSibling) event.target.nextElementSibling.value = event.target.value;
     const sliders = [...element.querySelectorAll("[data-name]")].map((one) => [one.dataset.name, Number(one.value)]);

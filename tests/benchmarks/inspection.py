@@ -24,7 +24,7 @@ import numpy as np
 
 TREE = Path(__file__).resolve().parents[2]
 PICTURE = TREE / "paligemma" / "demo" / "examples" / "cats.png"
-ROUNDS, ANSWERS = 10, 40
+ROUNDS, ANSWERS = 6, 12
 SCENE_SIZE, SEED = 336, 27_000_000
 IOU_TO_MATCH = 0.5
 COORDINATES = ("y_min", "x_min", "y_max", "x_max")

@@ -77,7 +77,7 @@ def choose_example(tab, prompt):
 
 def test_at_first_sight_a_stored_answer_is_there_and_said_to_be_stored(open_page, page_address):
     tab = open_page(page_address)
-    (picture, prompt, answer), *_ = (one.values() for one in handlers.EXAMPLES)
+    picture, prompt, answer = (handlers.EXAMPLES[0][name] for name in ("picture", "prompt", "answer"))
     expect(tab.locator("#speed")).to_contain_text("A stored answer")
     expect(tab.locator(TEXT)).to_have_text(answer)
     expect(tab.locator(PROMPT)).to_have_value(prompt)
@@ -504,6 +504,8 @@ def test_a_stranger_sees_inside_the_answer_token_by_token(open_page, page_addres
     words.last.hover()
     expect(rivals.first).to_have_text("␣banana", timeout=20_000)
     assert heat.get_attribute("href") == maps[0], "to point at a token shows its rivals alone"
+    tab.mouse.move(0, 0)
+    expect(rivals.first).to_have_text("␣apple", timeout=20_000)
     chosen(words.last)
     expect(words.last).to_have_attribute("aria-pressed", "true")
     expect(words.last).to_be_focused()
@@ -512,6 +514,7 @@ def test_a_stranger_sees_inside_the_answer_token_by_token(open_page, page_addres
     tab.locator("#inside-rivals button").first.click()
     expect(tab.locator("#inside .line")).to_have_count(2, timeout=20_000)
     expect(tab.locator("#inside .line").last).to_contain_text("What if it were “dress”?")
+    expect(rivals.first).to_have_text("␣dress", timeout=20_000)
     tab.get_by_role("button", name="What if", exact=True).click()
     bars = tab.locator("#inside-distribution .bar")
     expect(bars.filter(has_text="cut off")).to_have_count(0)

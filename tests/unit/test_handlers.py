@@ -15,6 +15,7 @@ from PIL import Image
 
 from paligemma import PaliGemmaError
 from paligemma.demo import handlers
+from paligemma.demo.layout import example_files
 from paligemma.demo.serving import EMBEDDED, Models
 
 GREEDY = (64, 0, 0, 1, "")
@@ -41,11 +42,13 @@ def upload(tmp_path, monkeypatch):
 def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny, upload):
     image = upload("cats.png")
     first, *steps, last = handlers.run(models, image, None, "detect cat\n\n caption en ", EMBEDDED, [], *GREEDY)
-    assert first == {"figure": "", "answers": "", "speed": "", "is_answered": False}
+    assert first == {"figure": "", "answers": "", "speed": "", "is_answered": False} | handlers.CLOSED
     assert len([step for step in steps if step.get("figure")]) >= 2, "objects are drawn one after another"
     answers = [(prompt, tiny.generate(image["path"], prompt)) for prompt in ("detect cat", "caption en")]
     assert last["record"]["answers"] == answers
     assert last["history"] == [last["record"]]
+    tokens = list(tiny.stream(image["path"], "detect cat"))
+    assert last["record"]["tokens"][0].ids.tolist() == [token.id for token in tokens]
     assert last["is_answered"]
     assert image["url"] in last["past_answers"]
     assert answers[1][1] in steps[-1]["answers"]
@@ -55,8 +58,21 @@ def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny
 @pytest.mark.parametrize("example", handlers.EXAMPLES, ids=lambda example: example["prompt"])
 def test_the_answers_that_come_with_the_page_are_those_of_the_embedded_checkpoint(tiny, example):
     image = handlers.EXAMPLES_FOLDER / example["picture"]
-    answer = tiny.generate(image, example["prompt"], max_new_tokens=handlers.DEFAULT_NEW_TOKENS)
-    assert answer == example["answer"]
+    tokens = list(tiny.stream(image, example["prompt"], max_new_tokens=handlers.DEFAULT_NEW_TOKENS))
+    assert "".join(token.text for token in tokens) == example["answer"]
+    assert [token.id for token in tokens] == example["ids"]
+    assert [token.probability for token in tokens] == pytest.approx(example["probabilities"], abs=0.01)
+
+
+def test_a_page_without_the_embedded_checkpoint_shows_its_stored_answers_as_well(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    models, records = Models(["a/b"], lambda source, **_: tiny), handlers.example_records(example_files())
+    for record, example in zip(records, handlers.EXAMPLES):
+        shown = handlers.show_again(models, [record], 0)
+        boxes = example["answer"].count("<loc") // 4
+        assert shown["figure"].count('class="box"') == boxes
+        assert shown["prompt"] == example["prompt"]
+    assert json.loads(Path(handlers.save_objects(models, records[0])).read_text())[0]["label"] == "apple"
 
 
 def test_further_images_come_before_the_prompt_with_the_first(models, tiny, upload):
@@ -283,10 +299,10 @@ def test_large_images_are_read_when_others_are_done_with(upload, monkeypatch):
     monkeypatch.setattr(handlers, "STATUS_SECONDS", 0.01)
     monkeypatch.setattr(handlers, "MAX_HELD_PIXELS", 100)
     image = upload("cats.png")
-    (opened, _), second = handlers._result(handlers.open_upload(image, None)), handlers.open_upload(image, "meanwhile")
+    (opened, _), second = handlers.result(handlers.open_upload(image, None)), handlers.open_upload(image, "meanwhile")
     assert [next(second) for _ in range(50)] == ["meanwhile"] * 50
     del opened
-    assert handlers._result(second)[0].size == Image.open(image["path"]).size
+    assert handlers.result(second)[0].size == Image.open(image["path"]).size
 
 
 def test_a_folder_is_no_image(models, upload, tmp_path):

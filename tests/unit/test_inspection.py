@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -430,3 +431,25 @@ def test_all_that_is_seen_can_be_sent(answered):
     assert values["token"]["text"] == seen.token.text
     names = set(inspect.signature(type(seen)).parameters)
     assert names - set(values) == {"logits"}
+
+
+def test_views_that_are_read_again_come_one_after_another(random_vlm, monkeypatch):
+    answers = [random_vlm.stream(CATS, f"{ASK} {number}", max_new_tokens=3) for number in range(4)]
+    assert all(list(answer) for answer in answers)
+    forget(random_vlm, max_bytes=0)
+    depths, depth, prefill = [], [0], random_vlm.model.prefill
+
+    def counted(*given):
+        depth[0] += 1
+        depths.append(depth[0])
+        try:
+            return prefill(*given)
+        finally:
+            depth[0] -= 1
+
+    monkeypatch.setattr(random_vlm.model, "prefill", counted)
+    with ThreadPoolExecutor() as pool:
+        seen = list(pool.map(lambda answer: answer.inspect(1), answers))
+    assert [one.token.id for one in seen] == [answer.token_ids[1] for answer in answers]
+    assert depths == [1] * 4
+    forget(random_vlm)
