@@ -15,7 +15,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
-INT8_FORMAT = 2  # of int8 weights, and of the rotation that is in them
+INT8_FORMAT = 3  # of int8 weights, and of the rotation that is in them
 # In config.json of a checkpoint that has them: other programs refuse it, and so do we one of another format.
 INT8_QUANTIZATION = {"quant_method": "paligemma-int8", "format": INT8_FORMAT}
 
