@@ -17,7 +17,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
-INT8_FORMAT = 2  # of int8 weights, and of the rotation that is in them
+INT8_FORMAT = 3  # of int8 weights, and of the rotation that is in them
 # In config.json of a checkpoint that has them: other programs refuse it, and so do we one of another format.
 INT8_QUANTIZATION = {"quant_method": "paligemma-int8", "format": INT8_FORMAT}
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from .packing import FbgemmWeight, OneDnnWeight
+from .packing import FbgemmWeight, OneDnnWeight, rotation_dtype
 from .rounding import TINY, rotate, unrotate
-
-# Rows with a larger ratio of largest value to root mean square get a residual row; Gaussian rows have 3 to 5.
-UNEVEN = 8.0
 
 
 class PreparedRows(NamedTuple):
-    """The input of an `Int8Linear`, rotated and scaled.
+    """The input of an `Int8Linear`, rotated, scaled and rounded.
 
-    steps: float32 [rows + n, in], each row divided by its step: between -levels and levels of the kernel. The last n are
-        residuals, what rounding loses of some of the rows, multiplied by `Int8Linear.residual_scale`.
+    rounded: [rows + n, in], each row divided by its step, as `weight.round` returns it. The last n are residuals, what
+        rounding loses of some of the rows, multiplied by `Int8Linear.residual_scale`.
     step: float32 [rows, 1].
-    residual_rows: which rows have a residual, a slice or int64 [n]; None if n is 0.
+    residual_rows: which rows have a residual; None if n is 0.
     """
 
-    steps: Tensor
+    rounded: Tensor
     step: Tensor
-    residual_rows: slice | Tensor | None
+    residual_rows: slice | None
 
 
 class InputMemo:
@@ -84,7 +80,7 @@ class Int8Linear(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = self.memo.get(hidden_states, self)
         count = len(rows.step)
-        product = self.weight.multiply(rows.steps)
+        product = self.weight.multiply(rows.rounded)
         output = product[:count]
         if rows.residual_rows is not None:
             output[rows.residual_rows] += product[count:] / self.residual_scale
@@ -94,29 +90,21 @@ class Int8Linear(nn.Module):
         return output.view(*hidden_states.shape[:-1], -1)
 
     def prepare(self, hidden_states: Tensor) -> PreparedRows:
-        """Rotate and scale float32 [B, T, in] or [B, in]; the same for all layers of this width."""
-        channels, levels = hidden_states.shape[-1], self.weight.levels
+        """Rotate, scale and round float32 [B, T, in] or [B, in]; the same for all layers of this width."""
+        channels = hidden_states.shape[-1]
         count = hidden_states.numel() // channels
         positions = hidden_states.shape[-2] if hidden_states.dim() > 2 else 1  # of each sequence
         # Chosen within each sequence, so that it gives the same whichever others are computed with it.
         last = slice(positions - 1, count, positions) if positions > 1 or self.single_residual else None
-        residuals = 0 if last is None else count // positions
-        steps = torch.empty(count + residuals, channels)  # with a place for what follows, to spare a copy
-        rows = rotate(hidden_states, out=steps[:count])
-        step = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(levels)
-        rows /= step
-        norms, limit = torch.linalg.vector_norm(rows, dim=1), math.sqrt(channels) * levels / UNEVEN
-        if norms.amin().item() < limit:
-            uneven = norms < limit
-            uneven[last or slice(0)] = True
-            residual_rows = uneven.nonzero()[:, 0]
-            return PreparedRows(torch.cat((rows, self._residual(rows[residual_rows]))), step, residual_rows)
+        rows = rotate(hidden_states.reshape(count, channels), torch.float32 if positions == 1 else rotation_dtype())
+        step = torch.maximum(rows.amax(dim=1, keepdim=True), rows.amin(dim=1, keepdim=True).neg_()).float()
+        step.clamp_min_(TINY).div_(self.weight.levels)
+        # With a place for what follows, to spare a copy.
+        steps = torch.empty(count if last is None else count + count // positions, channels)
+        steps[:count].copy_(rows).div_(step)
         if last is not None:
-            steps[count:] = self._residual(rows[last])
-        return PreparedRows(steps, step, last)
-
-    def _residual(self, rows: Tensor) -> Tensor:
-        return (rows - rows.round()) * self.residual_scale
+            torch.sub(steps[last], steps[last].round(), out=steps[count:]).mul_(self.residual_scale)
+        return PreparedRows(self.weight.round(steps), step, last)
 
 
 class Int8Embedding(nn.Module):

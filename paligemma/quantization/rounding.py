@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LARGEST_WEIGHT = 127
-SMALLEST_BLOCK = 128  # channels that an outlier is spread over
+SMALLEST_BLOCK, LARGEST_GROUP = 128, 16  # channels, and blocks of them: an outlier is spread over their product
 NUMBERS_AT_ONCE = 2**20  # when quantizing: what the cache of a CPU holds
 TINY = 1e-30  # against division by zero; a 127th of it is still no denormal number
 
@@ -44,30 +44,43 @@ def dequantize(rounded: Tensor, scale: Tensor, dtype: torch.dtype = torch.float3
     return weight
 
 
-def rotate(rows: Tensor, out: Tensor | None = None) -> Tensor:
-    """Multiply each block of channels of float32 [..., channels] by `rotation`, into `out` if that is given."""
-    matrix = rotation(rows.shape[-1])
-    out = torch.empty(rows.shape) if out is None else out
-    torch.mm(rows.reshape(-1, len(matrix)), matrix, out=out.view(-1, len(matrix)))
-    return out
+def rotate(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiply each row of float32 [..., channels] by an orthogonal matrix, see `rotation`, computed in `dtype`."""
+    across, within = rotation(rows.shape[-1], dtype)
+    blocks = (rows.to(dtype).reshape(-1, len(within)) @ within).view(-1, len(across), len(within))
+    return torch.bmm(across.expand(len(blocks), -1, -1), blocks).view(rows.shape)
 
 
 def unrotate(rows: Tensor) -> Tensor:
     """Undo `rotate`."""
-    matrix = rotation(rows.shape[-1])
-    return (rows.reshape(-1, len(matrix)) @ matrix.T).view(rows.shape)
+    across, within = rotation(rows.shape[-1])
+    blocks = rows.reshape(-1, len(across), len(within))
+    blocks = torch.bmm(across.T.expand(len(blocks), -1, -1), blocks)
+    return (blocks.view(-1, len(within)) @ within.T).view(rows.shape)
 
 
 @lru_cache
-def rotation(channels: int) -> Tensor:
-    """The orthogonal matrix, float32 [block, block], for blocks that divide the channels.
+def rotation(channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Orthogonal matrices [blocks, blocks] and [block, block]: each block is multiplied by the second, and then as many
+    blocks with each other as the first has rows. Their product with all that is between costs a seventh of one matrix.
 
-    A discrete Hartley transform, which exists for any size and has no large entry, after random changes of sign, so
+    They are discrete Hartley transforms, which exist for any size and have no large entry, after random changes of sign, so
     that an even row does not end up in one channel.
     """
     block = next(size for size in range(min(SMALLEST_BLOCK, channels), channels + 1) if channels % size == 0)
-    steps = torch.arange(block, dtype=torch.float64)
-    angles = 2 * math.pi / block * (torch.outer(steps, steps) % block)
-    generator = random.Random(block)  # the same on every machine: what was quantized on one is read on another
-    signs = torch.tensor([1.0 if generator.random() < 0.5 else -1.0 for _ in range(block)], dtype=torch.float64)
-    return (signs[:, None] * (angles.cos() + angles.sin()) / math.sqrt(block)).float()
+    count = channels // block
+    together = next(size for size in range(min(LARGEST_GROUP, count), 0, -1) if count % size == 0)
+    return (_hartley(together) * _signs(together)).to(dtype), (_signs(block)[:, None] * _hartley(block)).to(dtype)
+
+
+def _signs(size: int) -> Tensor:
+    """Ones with random signs, float64 [size]: the same on every machine, since what one quantizes is read on another."""
+    generator = random.Random(size)
+    return torch.tensor([1.0 if generator.random() < 0.5 else -1.0 for _ in range(size)], dtype=torch.float64)
+
+
+def _hartley(size: int) -> Tensor:
+    """The discrete Hartley transform, orthogonal, float64 [size, size]."""
+    steps = torch.arange(size, dtype=torch.float64)
+    angles = 2 * math.pi / size * (torch.outer(steps, steps) % size)
+    return (angles.cos() + angles.sin()) / math.sqrt(size)
