@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import re
 import signal
 import threading
@@ -446,6 +447,7 @@ class Cluster:
 def _connect(address: str, settings: dict[str, Any]) -> None:
     """`ray.init`, with this package sent along, so that the cluster's machines need only what it imports."""
     package = str(Path(__file__).parents[1])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray tells its makers about a cluster that it starts
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -121,12 +121,16 @@ def test_half_a_password_is_refused(pair):
 
 @pytest.mark.parametrize(
     ("option", "command"),
-    [("--mcp", 'pip install "gradio[mcp]"'), ("--metrics", "pip install prometheus_client")],
+    [
+        (["--mcp"], 'pip install "gradio[mcp]"'),
+        (["--metrics"], "pip install prometheus_client"),
+        (["--cluster", "auto"], 'pip install "ray[serve]"'),
+    ],
 )
 def test_an_option_that_needs_one_more_package_names_it(monkeypatch, capsys, option, command):
     import app
 
-    monkeypatch.setattr(sys, "argv", ["app.py", option])
+    monkeypatch.setattr(sys, "argv", ["app.py", *option])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         app.main()
@@ -139,6 +143,8 @@ def test_an_option_that_needs_one_more_package_names_it(monkeypatch, capsys, opt
         (["--port", "80000"], "The port 80000 is none; please choose one from 1024 to 65535."),
         (["--port", "http"], "argument --port: invalid int value: 'http'"),
         (["--host", "nowhere.invalid"], "The host nowhere.invalid is not known here"),
+        (["--replicas", "0"], "0 is no number of replicas; please give one, such as 2, or two: 1-8"),
+        (["--replicas", "3-1"], "3-1 is no number of replicas"),
         (["--auth", "ada:lovelace", "--mcp"], "--mcp cannot be protected with --auth"),
     ],
 )
@@ -156,7 +162,10 @@ def test_spaces_around_a_setting_do_not_count(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["app.py", "--model", " owner/name ", "--models", "embedded , a/b,"])
     monkeypatch.setenv("PALIGEMMA_DEVICE", "cpu\n")
+    monkeypatch.setenv("PALIGEMMA_REPLICAS", " 1-8 ")
+    monkeypatch.setenv("PALIGEMMA_REPLICA_CORES", "2")
     arguments = parse_arguments(None)
+    assert (arguments.replicas, arguments.replica_cores) == ((1, 8), 2)
     assert arguments.sources == ["owner/name", "embedded", "a/b"]
     assert arguments.device == "cpu"
 

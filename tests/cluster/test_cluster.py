@@ -17,7 +17,7 @@ from paligemma import PaliGemmaError
 
 pytest.importorskip("ray", reason='the tests of the cluster need: pip install "ray[serve]"')
 from paligemma.demo import cluster as module
-from paligemma.demo.cluster import GONE, Cluster
+from paligemma.demo.cluster import GONE, Cluster, RelayedLink, RemoteModel
 from paligemma.demo.serving import Models, answer_prompts
 
 SEEDS = (0, 1)  # of the checkpoint's weights, before and after an update
@@ -77,6 +77,19 @@ def remote(models):
 
 
 @pytest.fixture(scope="module")
+def relayed(cluster, models):
+    """As a page reaches it that is a client of the cluster (`ray://`)."""
+    remote = RemoteModel(RelayedLink(next(iter(cluster._loaded))))
+    yield remote
+    remote.close()
+
+
+@pytest.fixture(params=["remote", "relayed"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
 def local(folders):
     return [paligemma.load(folder, dtype="float32") for folder in folders]
 
@@ -110,24 +123,24 @@ def read(answers, texts, errors, number):
         errors[number] = str(error)
 
 
-def test_answers_equal_those_of_the_model_itself(remote, local):
+def test_answers_equal_those_of_the_model_itself(either, local):
     images = [EXAMPLES / name for name in ("cats.png", "sign.png")]
     for image in images:
         for prompt in PROMPTS:
-            assert remote.generate(image, prompt) == local[0].generate(image, prompt)
+            assert either.generate(image, prompt) == local[0].generate(image, prompt)
     sampled = {"temperature": 1.0, "top_k": 50, "seed": 7, "max_new_tokens": 30}
-    assert remote.generate(images[0], "ocr", **sampled) == local[0].generate(images[0], "ocr", **sampled)
-    assert remote.generate(images, "ocr") == local[0].generate(images, "ocr")
-    batch = list(remote.stream_batch([images[0]] * 3, PROMPTS, max_new_tokens=20))
+    assert either.generate(images[0], "ocr", **sampled) == local[0].generate(images[0], "ocr", **sampled)
+    assert either.generate(images, "ocr") == local[0].generate(images, "ocr")
+    batch = list(either.stream_batch([images[0]] * 3, PROMPTS, max_new_tokens=20))
     for number, prompt in enumerate(PROMPTS):
         tokens = [(token.id, token.text) for one, token in batch if one == number and token]
         assert tokens == [(token.id, token.text) for token in local[0].stream(images[0], prompt, max_new_tokens=20)]
 
 
-def test_tokens_come_while_the_answer_is_made(remote):
-    answers = remote.stream_batch([noise(0)], ["ocr"], max_new_tokens=LONG)
+def test_tokens_come_while_the_answer_is_made(either):
+    answers = either.stream_batch([noise(0)], ["ocr"], max_new_tokens=LONG)
     next(answers)
-    assert sum(figures(remote, "active_rows")) == 1, "the answer is under way when its first token is here"
+    assert sum(figures(either, "active_rows")) == 1, "the answer is under way when its first token is here"
     assert len(list(answers)) == LONG  # the other tokens, and the end
 
 
@@ -135,11 +148,11 @@ def test_tokens_come_while_the_answer_is_made(remote):
     ("prompt", "settings", "sentence"),
     [("", {}, "The prompt is empty"), ("ocr", {"seed": -1}, "seed is -1"), ("ocr", {"max_new_tokens": 10**6}, "to 10")],
 )
-def test_what_is_wrong_with_a_question_is_said_as_by_the_model_itself(remote, local, prompt, settings, sentence):
+def test_what_is_wrong_with_a_question_is_said_as_by_the_model_itself(either, local, prompt, settings, sentence):
     with pytest.raises(PaliGemmaError, match=sentence) as expected:
         local[0].generate(noise(0), prompt, **settings)
     with pytest.raises(PaliGemmaError) as error:
-        remote.generate(noise(0), prompt, **settings)
+        either.generate(noise(0), prompt, **settings)
     assert str(error.value) == str(expected.value)
 
 
@@ -156,17 +169,17 @@ def test_prompts_about_an_image_go_to_the_replica_that_has_its_features(remote):
 
 
 @pytest.mark.parametrize("is_read", [True, False])
-def test_a_stopped_answer_is_computed_no_further_at_the_replica(remote, is_read):
-    stopped, other = (remote.stream_batch([noise(1)], ["ocr"], max_new_tokens=LONG) for _ in range(2))
+def test_a_stopped_answer_is_computed_no_further_at_the_replica(either, is_read):
+    stopped, other = (either.stream_batch([noise(1)], ["ocr"], max_new_tokens=LONG) for _ in range(2))
     next(stopped), next(other)
-    assert sum(figures(remote, "active_rows")) == 2
+    assert sum(figures(either, "active_rows")) == 2
     reading = threading.Thread(target=list, args=(stopped,))
     if is_read:
         reading.start()
     stopped.close()
     # Both have the same length: if the stopped one went on, they would end in the same step.
-    wait_until(lambda: sum(figures(remote, "active_rows")) < 2)
-    assert sum(figures(remote, "active_rows")) == 1
+    wait_until(lambda: sum(figures(either, "active_rows")) < 2)
+    assert sum(figures(either, "active_rows")) == 1
     if is_read:
         reading.join(timeout=20)
         assert not reading.is_alive()
