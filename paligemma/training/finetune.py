@@ -183,10 +183,11 @@ def _is_number(text: str) -> bool:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Note the options in the output folder; raise PaliGemmaError if a run with others is there."""
+    """Note the options in the output folder; raise PaliGemmaError if a run with others has a save there."""
     file = options.output / OPTIONS_FILE
     values = {name: str(value) for name, value in vars(options).items() if name not in ("push", "device", "output")}
-    if file.exists() and (before := json.loads(file.read_text())) != values:
+    has_save = (options.output / f"{NAME}.pt").exists() and file.exists()
+    if has_save and (before := json.loads(file.read_text())) != values:
         name = next(name for name in values if before.get(name) != values[name])
         raise PaliGemmaError(
             f"{options.output} has a run with --{name.replace('_', '-')} {before.get(name)}, and this one has {values[name]}; "
@@ -209,7 +210,7 @@ def prepare(model: PaliGemma, options: argparse.Namespace) -> LoraConfig | None:
         train_parameters(model, parts)
     else:
         base, _, revision = (options.model or EMBEDDED).partition("@")
-        base = str(Path(base).resolve()) if Path(base).is_dir() else base
+        base = str(Path(base).resolve()) if Path(base).exists() else base
         config = LoraConfig(base, options.lora, ALPHA * options.lora, target_modules(parts), revision=revision or None)
         add_lora(model, config)
     if options.checkpoint_every:

@@ -183,7 +183,8 @@ def assert_same_logits(vlm, reference):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_whole_checkpoint_that_was_trained_opens_here_and_in_transformers(base, tmp_path, logged, dtype):
     options = ["--full", "--epochs=4", "--learning-rate=0.002", "--freeze", "encoder", "projector", f"--dtype={dtype}"]
-    run(base, write_rows(tmp_path), tmp_path / "run", *options, "--checkpoint-every=2")
+    rows = write_rows(tmp_path)
+    run(base, rows, tmp_path / "run", *options, "--checkpoint-every=2", f"--held-back={rows}")
     figures = json.loads((tmp_path / "run" / "figures.json").read_text())
     assert figures["after"]["loss"] < 0.9 * figures["before"]["loss"]
     assert (tmp_path / "run" / "preprocessor_config.json").exists()
