@@ -40,7 +40,7 @@ NAME = "finetune"  # of the log, the save and the plot
 OPTIONS_FILE, FIGURES_FILE, HELD_BACK_FILE = "options.json", "figures.json", "held_back.csv"
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 ALPHA = 2  # times the rank
-EVALUATIONS = 10  # of the loss of what is held back, over a run
+EVALUATIONS = 5  # of the loss of what is held back, over a run
 MODULES = {
     "encoder": ("vision_tower",),
     "projector": ("multi_modal_projector",),
