@@ -1,1 +1,1 @@
-"""Losses, rows and loop to train checkpoints with, contrastive pre-training of an encoder, and evaluation on scenes."""
+"""Fine-tuning of checkpoints, contrastive learning of encoder and text tower, and how well either does."""

@@ -40,7 +40,7 @@ NAME = "finetune"  # of the log, the save and the plot
 OPTIONS_FILE, FIGURES_FILE, HELD_BACK_FILE = "options.json", "figures.json", "held_back.csv"
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 ALPHA = 2  # times the rank
-EVALUATIONS = 10  # of the loss of what is held back, over a run
+EVALUATIONS = 5  # of the loss of what is held back, over a run
 MODULES = {
     "encoder": ("vision_tower",),
     "projector": ("multi_modal_projector",),
@@ -183,10 +183,11 @@ def _is_number(text: str) -> bool:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Note the options in the output folder; raise PaliGemmaError if a run with others is there."""
+    """Note the options in the output folder; raise PaliGemmaError if a run with others has a save there."""
     file = options.output / OPTIONS_FILE
     values = {name: str(value) for name, value in vars(options).items() if name not in ("push", "device", "output")}
-    if file.exists() and (before := json.loads(file.read_text())) != values:
+    has_save = (options.output / f"{NAME}.pt").exists() and file.exists()
+    if has_save and (before := json.loads(file.read_text())) != values:
         name = next(name for name in values if before.get(name) != values[name])
         raise PaliGemmaError(
             f"{options.output} has a run with --{name.replace('_', '-')} {before.get(name)}, and this one has {values[name]}; "
@@ -209,7 +210,7 @@ def prepare(model: PaliGemma, options: argparse.Namespace) -> LoraConfig | None:
         train_parameters(model, parts)
     else:
         base, _, revision = (options.model or EMBEDDED).partition("@")
-        base = str(Path(base).resolve()) if Path(base).is_dir() else base
+        base = str(Path(base).resolve()) if Path(base).exists() else base
         config = LoraConfig(base, options.lora, ALPHA * options.lora, target_modules(parts), revision=revision or None)
         add_lora(model, config)
     if options.checkpoint_every:

@@ -36,7 +36,8 @@ def write_card(
     is_on_hub = name.count("/") == 1 and not Path(name).exists()
     shown = f"[{name}](https://huggingface.co/{name})" if is_on_hub else f"`{Path(name).name}`"
     kind = "A whole checkpoint" if config is None else f"A LoRA adapter of rank {config.r}"
-    option = "--model" if base is None or is_on_hub else "--adapter"
+    is_alone = config is None or base is None or is_on_hub
+    opened = "--model OWNER/NAME" if is_alone else f"--model {Path(name).name} --adapter OWNER/NAME"
     header = [
         *([f"base_model: {name}"] if is_on_hub else []),
         f"library_name: {'transformers' if config is None else 'peft'}",
@@ -60,7 +61,7 @@ def write_card(
         "",
         "![The loss over the steps](finetune.svg)",
         "",
-        f"`python app.py {option if config is not None else '--model'} OWNER/NAME` opens it in the PaliGemma demo.",
+        f"`python app.py {opened}` opens it in the PaliGemma demo.",
         "",
     ]
     (folder / CARD_FILE).write_text("\n".join(lines), encoding="utf-8")
