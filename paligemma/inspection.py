@@ -10,6 +10,7 @@ Nothing is recorded while an answer is made. Arrays are NumPy's, float32.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -85,15 +86,15 @@ class CacheFacts:
     positions: whose keys and values the step reads, its own included.
     bytes: of these keys and values.
     bytes_without_groups: if every query head had a key/value head of its own.
-    prefill_seconds: of the prefix; None where it was not computed for this answer, as in a branch.
-    step_seconds: of each decode step of the answer, which may have served others as well.
+    prefill_seconds: of images and prefix; where the keys and values had to be read again, of all positions at once.
+    step_seconds: of each decode step of the answer, which may have served others as well; none where they were read again.
     operations, operations_without_cache: multiply-adds in the decoder for all tokens up to this one.
     """
 
     positions: int
     bytes: int
     bytes_without_groups: int
-    prefill_seconds: float | None
+    prefill_seconds: float
     step_seconds: tuple[float, ...]
     operations: int
     operations_without_cache: int
@@ -137,10 +138,8 @@ class Inspection:
 
     def heat_map(self, layer: int | None = None, head: int | None = None, image: int = 0) -> np.ndarray:
         """Attention to the patches of an image, float32 [rows, columns]; None: the mean of layers, or of heads."""
-        layers = self.attention if layer is None else self.attention[layer : layer + 1]
-        heads = layers if head is None else layers[:, head : head + 1]
         span = [span for span in self.spans if span.kind == IMAGE][image]
-        return heads.mean(axis=(0, 1))[span.start : span.end].reshape(self.grid)
+        return _mean(self.attention, layer, head)[span.start : span.end].reshape(self.grid)
 
     def distribution(
         self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, count: int = 20
@@ -154,10 +153,10 @@ class Inspection:
             PaliGemmaError: a setting is out of its range, see `Sampler`.
         """
         ids = [candidate.id for candidate in self.candidates[:count]]
-        probabilities = Sampler(temperature, top_k, top_p).distribution(torch.from_numpy(self.logits)[None])[0, ids]
+        logs = Sampler(temperature, top_k, top_p).log_probabilities(torch.from_numpy(self.logits)[None])[0, ids]
         return tuple(
-            replace(candidate, probability=probability, is_cut_off=probability == 0)
-            for candidate, probability in zip(self.candidates, probabilities.tolist())
+            replace(candidate, probability=math.exp(log), is_cut_off=log == -math.inf)
+            for candidate, log in zip(self.candidates, logs.tolist())
         )
 
     def to_json(self, with_heads: bool = False) -> dict[str, Any]:
@@ -183,9 +182,13 @@ class EncoderInspection:
 
     def heat_map(self, layer: int | None = None, head: int | None = None) -> np.ndarray:
         """Attention to the patches, float32 [rows, columns]; None: the mean of layers, or of heads."""
-        layers = self.attention if layer is None else self.attention[layer : layer + 1]
-        heads = layers if head is None else layers[:, head : head + 1]
-        return heads.mean(axis=(0, 1)).reshape(self.grid)
+        return _mean(self.attention, layer, head).reshape(self.grid)
+
+
+def _mean(attention: np.ndarray, layer: int | None, head: int | None) -> np.ndarray:
+    """Float32 [layers, heads, positions] to [positions]."""
+    of_layers = attention if layer is None else attention[[layer]]
+    return (of_layers if head is None else of_layers[:, [head]]).mean(axis=(0, 1))
 
 
 class Inspector:

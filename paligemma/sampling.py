@@ -51,13 +51,14 @@ class Sampler:
         choice = (logits.softmax(dim=-1) / noise).argmax(dim=-1, keepdim=True)
         return (choice if candidates is None else candidates.gather(-1, choice)).squeeze(-1)
 
-    def distribution(self, logits: Tensor) -> Tensor:
-        """Probability with which each token is chosen: float [B, vocab] to float [B, vocab], 0 where it is cut off."""
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Of each token to be chosen: float [B, vocab] to float [B, vocab], minus infinity where it is cut off."""
+        cut_off = torch.full_like(logits, float("-inf"))
         if self.temperature < SMALLEST_TEMPERATURE:
-            return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+            return cut_off.scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
         candidates, filtered = self._filter(logits / float(self.temperature))
-        probabilities = filtered.softmax(dim=-1)
-        return probabilities if candidates is None else torch.zeros_like(logits).scatter(-1, candidates, probabilities)
+        logs = filtered.log_softmax(dim=-1)
+        return logs if candidates is None else cut_off.scatter(-1, candidates, logs)
 
     def _filter(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:
         """Candidate ids [B, n] and their logits [B, n]; None for ids when the whole vocabulary takes part in its order.

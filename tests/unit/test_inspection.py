@@ -100,13 +100,14 @@ def test_a_sampled_token_has_likelier_rivals(tiny):
 @pytest.mark.parametrize("settings", [(0.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 3, 1.0), (1.0, 0, 0.5), (2.0, 20, 0.9)])
 def test_the_distribution_is_what_the_sampler_draws_from(answered, settings):
     seen = answered[0].inspect(0)
-    expected = Sampler(*settings).distribution(torch.from_numpy(seen.logits)[None])[0]
+    expected = Sampler(*settings).log_probabilities(torch.from_numpy(seen.logits)[None])[0].exp()
     assert expected.sum() == pytest.approx(1, abs=1e-5)
     shown = seen.distribution(*settings)
     assert [one.id for one in shown] == [one.id for one in seen.candidates[:20]]
     for one in shown:
         assert one.probability == pytest.approx(expected[one.id].item())
         assert one.is_cut_off == (expected[one.id] == 0)
+    assert not any(one.is_cut_off for one in seen.distribution(temperature=0.01)), "unlikely is not cut off"
     with pytest.raises(PaliGemmaError, match="top_p is 2"):
         seen.distribution(top_p=2)
 
@@ -123,6 +124,7 @@ def test_spans_cover_all_positions_and_share_the_attention(tiny):
     image = seen.heat_map(image=0).sum() + seen.heat_map(image=1).sum()
     assert seen.shares[IMAGE] == pytest.approx(image, abs=1e-5)
     assert seen.heat_map(2, 1, image=1).ravel() == pytest.approx(seen.attention[2, 1, 256:512])
+    assert seen.heat_map(-1).ravel() == pytest.approx(seen.attention[5, :, :256].mean(axis=0))
     assert seen.texts[:2] == ("<bos>", "caption")
     assert len(seen.texts) == seen.position + 1 - 512
     assert [answer.inspect(0).spans[-1].kind, answer.inspect(0).shares[ANSWER]] == [PROMPT, 0]

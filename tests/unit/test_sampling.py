@@ -31,7 +31,9 @@ def test_draws_follow_the_reference_distribution(temperature, top_k, top_p):
     ids = Sampler(temperature, top_k, top_p)(logits.expand(draws, -1), torch.Generator().manual_seed(1))
     frequencies = torch.bincount(ids, minlength=40) / draws
     assert frequencies[expected == 0].sum() == 0
-    assert (Sampler(temperature, top_k, top_p).distribution(logits)[0] - expected).abs().max() <= 1e-6
+    logs = Sampler(temperature, top_k, top_p).log_probabilities(logits)[0]
+    assert (logs.exp() - expected).abs().max() <= 1e-6
+    assert torch.equal(logs.isinf(), expected == 0)
     # Five standard deviations of a frequency of that many draws.
     assert ((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4).all()
 
