@@ -1,8 +1,9 @@
 """What happens in the panel “See inside”: one function for each event, as in `handlers`.
 
-Nothing is computed before the panel is opened, then only what it shows. What it shows is in its `View`, plain values: the
-`tab`; `line` and `index`, the chosen token, of the answers and then of `branches`, each a prompt, `Tokens` and
-the number of the one that was a rival; `layer` and `head` of the decoder; `patch` and `encoder_layer`; `seconds`, of each token without a cache.
+Nothing is computed before the panel is opened, then only what it shows. That is its `View`, plain values: the `tab`; the
+chosen token, by its `line` among the answers and `branches`, and its `index`; `layer` and `head` of the decoder; `patch` and
+`encoder_layer`; and the `seconds` of each token without a cache. A branch, which went on from a rival, has a prompt, `Tokens`
+and the number of the rival.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -64,15 +66,9 @@ _seen = _Seen()
 
 
 class _Look:
-    """What a visitor looks at: an answer's record and a view of it, whose values are checked."""
+    """What a visitor looks at: an answer's record, whose checkpoint is in use, and a view of it, whose values are checked."""
 
     def __init__(self, models: Models, record: Record, view: View):
-        if "tokens" not in record:
-            raise PaliGemmaError(FORGOTTEN)
-        if record["checkpoint"] not in models.names:
-            raise PaliGemmaError(
-                "This stored answer is of a checkpoint that this page does not offer; please press Run first."
-            )
         self.record = record
         self.view: View = {"tab": ATTENTION, "branches": [], **view}
         self._models = models
@@ -104,10 +100,10 @@ class _Look:
         ids = self.tokens.ids.tolist()
         return self._models.look(self.record["checkpoint"], images, self.prompt, ids, method, *arguments, **settings)
 
-    def seen(self, index: int | None = None) -> Inspection:
-        """The step of a token, else of the chosen one."""
-        at = self.view["index"] if index is None else index
-        return _seen.get((*self.key, at), lambda: next(self.ask("inspect", at)))
+    def seen(self) -> Inspection:
+        """The step of the chosen token."""
+        index = self.view["index"]
+        return _seen.get((*self.key, index), lambda: next(self.ask("inspect", index)))
 
     def texts(self, tokens: Tokens) -> list[str]:
         return [self.vlm.processor.token_text(token_id) for token_id in tokens.ids]
@@ -131,6 +127,7 @@ def toggle(models: Models, record: Record, view: View) -> Iterator[dict[str, Any
     if view:
         yield CLOSED
         return
+    _checkpoint(models, record)
     yield {"is_open": True, "see_inside": CLOSE, "words": '<p class="tip">Looking inside …</p>'}
     yield from look(models, record, {}, {})
 
@@ -145,8 +142,6 @@ def look(models: Models, record: Record, view: View, choice: dict[str, Any]) -> 
     Yields:
         HTML for `words`, `rivals`, `section`, `distribution`, SVG for `heat`, and the `view`.
     """
-    if not record:
-        raise PaliGemmaError(FORGOTTEN)
     changes = {
         name: choice[name]
         for name in ("line", "index", "tab", "layer", "head", "patch", "encoder_layer")
@@ -154,32 +149,44 @@ def look(models: Models, record: Record, view: View, choice: dict[str, Any]) -> 
     }
     if changes.keys() & {"line", "index"} and "seconds" in view:
         view = {name: value for name, value in view.items() if name != "seconds"}
-    looking = _Look(models, record, view | changes)
-    with models.use(record["checkpoint"]):
-        for status in models.wait(record["checkpoint"]):
-            yield {"words": f'<p class="tip">{status}</p>'}
+    name = _checkpoint(models, record)
+    with models.use(name):
+        for status in models.wait(name):
+            yield {"words": f'<p class="tip">{escape(status)}</p>'}
+        looking = _Look(models, record, view | changes)
         if "rival" in choice:
             yield from _branch(models, looking, choice["rival"])
             return
-        if choice.get("measure") and record["checkpoint"] == EMBEDDED:
+        if choice.get("measure") and name == EMBEDDED:
             looking.view["seconds"] = next(looking.ask("seconds_without_cache"))
         yield _shown(looking)
 
 
 def peek(models: Models, record: Record, view: View, choice: dict[str, Any]) -> dict[str, Any]:
     """The rivals of a token that is pointed at."""
-    looking = _Look(models, record, view | {name: choice.get(name) for name in ("line", "index")})
-    with models.use(record["checkpoint"]):
+    with models.use(_checkpoint(models, record)):
+        looking = _Look(models, record, view | {name: choice.get(name) for name in ("line", "index")})
         return {"rivals": drawings.rivals_html(looking.seen(), looking.view["line"]) if looking.tokens.ids else ""}
 
 
 def redraw(models: Models, record: Record, view: View, settings: dict[str, Any]) -> dict[str, Any]:
     """The distribution of the chosen step under other settings."""
-    looking = _Look(models, record, view)
-    with models.use(record["checkpoint"]):
+    with models.use(_checkpoint(models, record)):
+        looking = _Look(models, record, view)
         values = {name: settings.get(name, default) for name, *_, default in SLIDERS}
         candidates = looking.seen().distribution(**values, count=drawings.MAX_BARS)
     return {"distribution": drawings.distribution_html(candidates)}
+
+
+def _checkpoint(models: Models, record: Record) -> str:
+    """The name of the one that gave an answer, which this page offers."""
+    if "tokens" not in record:
+        raise PaliGemmaError(FORGOTTEN)
+    if record["checkpoint"] not in models.names:
+        raise PaliGemmaError(
+            "This stored answer is of a checkpoint that this page does not offer; please press Run first."
+        )
+    return record["checkpoint"]
 
 
 def _branch(models: Models, looking: _Look, token_id: object) -> Iterator[dict[str, Any]]:
