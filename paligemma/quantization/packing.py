@@ -53,6 +53,7 @@ class OneDnnWeight:
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.scale = scale
         self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
+        self.round(torch.zeros(1, 1))  # torch warns once that it is deprecated: here, where `packing` keeps that quiet
 
     def round(self, steps: Tensor) -> Tensor:
         """What `multiply` takes, of float32 [rows, in] between -levels and levels: uint8, with a zero point."""

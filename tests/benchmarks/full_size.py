@@ -1,8 +1,11 @@
-"""Speed and memory in the shapes of the official 3B checkpoints, next to transformers (Linux, CPU).
+"""Speed and memory in the shapes of the official 3B checkpoints, next to transformers and llama.cpp (Linux, CPU).
 
 python tests/benchmarks/full_size.py --size small --rounds 1      # tiny shapes, a minute, to see that it runs
 python tests/benchmarks/full_size.py                              # 9 GB on disk, 18 GB of memory (transformers in float32)
 python tests/benchmarks/full_size.py --family gemma2 --image-size 896 --libraries paligemma --dtypes int8
+
+llama.cpp takes part where `pip install llama-cpp-python gguf` has been done, with its decoder alone: it has no image to
+encode. Each of its files takes up to 3 GB on disk.
 
 Where the CPU has no bfloat16 instructions a prefill in that dtype takes a minute: `--prefills 1` times fewer of them.
 
@@ -24,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +37,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llama_cpp_peer import LlamaCpp
 
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER
@@ -79,8 +85,11 @@ CONTENDERS = [
     ("transformers", "float32"),
     ("paligemma", "bfloat16"),
     ("transformers", "bfloat16"),
+    ("llama.cpp", "Q8_0"),
+    ("llama.cpp", "Q4_0"),
 ]
-WEIGHT_BYTES = {"int8": 1, "float32": 4, "bfloat16": 2}
+# llama.cpp has a float16 scale for each 32 weights.
+WEIGHT_BYTES = {"int8": 1, "float32": 4, "bfloat16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32}
 READ_BYTES = 2**30
 LONG_ANSWER = 512  # tokens
 
@@ -233,7 +242,7 @@ class Theirs:
         )
 
 
-LIBRARIES = {"paligemma": Ours, "transformers": Theirs}
+LIBRARIES = {"paligemma": Ours, "transformers": Theirs, "llama.cpp": LlamaCpp}
 
 
 def timed(ids: Iterator[int]) -> tuple[list[int], list[float]]:
@@ -263,7 +272,7 @@ def read_bandwidth() -> float:
     return READ_BYTES / min(seconds)
 
 
-def bytes_per_token(config: PaliGemmaConfig, dtype: str) -> int:
+def bytes_per_token(config: PaliGemmaConfig, dtype: str) -> float:
     """What a step reads of the weights: the decoder's layers, and the embedding as its output."""
     text = config.text
     attention = text.hidden_size * text.head_dim * 2 * (text.num_attention_heads + text.num_key_value_heads)
@@ -369,6 +378,12 @@ def report(measurements: dict[tuple[str, str], list[Measurement]], config: PaliG
             best, dtype = min((medians["transformers", dtype][field], dtype) for dtype in dtypes)
             ratios.append(f"{name} {best / medians['paligemma', 'int8'][field]:.2f} ({dtype})")
         lines.append(f"int8: the best of transformers / paligemma: {', '.join(ratios)}")
+    for dtype in (
+        dtype for library, dtype in measurements if library == "llama.cpp" and ("paligemma", "int8") in measurements
+    ):
+        ours, theirs = medians["paligemma", "int8"], medians["llama.cpp", dtype]
+        ratios = ", ".join(f"{name} {theirs[field] / ours[field]:.2f}" for field, name in names.items())
+        lines.append(f"int8: llama.cpp's decoder in {dtype} / paligemma: {ratios}")
     return "\n".join(lines)
 
 
@@ -392,13 +407,20 @@ def main() -> None:
     parser.add_argument("--family", choices=["gemma", "gemma2"], default="gemma", help="of its decoder")
     parser.add_argument("--image-size", type=int, help="in pixels, such as 896; that of the size if not given")
     parser.add_argument("--folder", type=Path, help="where it is, or is to be; a temporary folder if not given")
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument(
+        "--libraries",
+        nargs="+",
+        choices=LIBRARIES,
+        default=[name for name in LIBRARIES if name != "llama.cpp" or find_spec("llama_cpp")],
+    )
     parser.add_argument("--dtypes", nargs="+", choices=WEIGHT_BYTES, default=list(WEIGHT_BYTES))
     parser.add_argument("--rounds", type=int, default=3, help="processes for each library and dtype")
     parser.add_argument("--prefills", type=int, default=3, help="timed in each process")
     parser.add_argument("--new-tokens", type=int, default=8, help="timed in each process")
     arguments = parser.parse_args()
 
+    if arguments.family != "gemma" and "llama.cpp" in arguments.libraries:
+        arguments.libraries.remove("llama.cpp")  # its files are written for the first generation only
     folder = checkpoint(arguments.size, arguments.folder, arguments.family, arguments.image_size)
     config, size_on_disk = PaliGemmaConfig.from_file(folder / "config.json"), file_bytes(folder)
     print(f"{value_in('/proc/cpuinfo', 'model name')}, {torch.backends.cpu.get_cpu_capability()}")
