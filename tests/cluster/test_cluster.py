@@ -259,6 +259,32 @@ def test_an_update_of_the_checkpoint_loses_no_answer(cluster, remote, local, fol
         assert set(some) == {known[0][number], known[1][number]}
 
 
+def test_a_busy_replica_gets_a_second_one(cluster, monkeypatch):
+    monkeypatch.setattr(module, "UPSCALE_SECONDS", 1)
+    monkeypatch.setattr(cluster, "replicas", (1, 2))
+    remote = cluster.load(None, {}, lambda *_: None)
+    assert len(remote.figures_of_replicas()) == 1
+    is_over = threading.Event()
+
+    def ask(number):
+        while not is_over.is_set():
+            remote.generate(noise(number), "detect cat ; dog", max_new_tokens=60)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(14)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: len(remote.figures_of_replicas()) == 2, seconds=300)
+        wait_until(lambda: all(figures(remote, "feature_cache_misses")))
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join(timeout=60)
+    remote.close()
+    module.serve.delete(module._application_name(None))
+    del cluster._loaded[module._application_name(None)]
+
+
 def test_a_checkpoint_that_cannot_be_loaded_is_said_with_the_sentence_of_the_loader(cluster, remote, folder):
     with pytest.raises(PaliGemmaError) as error:
         cluster.load("/no/such/folder", {}, lambda *_: None)
