@@ -124,7 +124,7 @@ class Example:
 
 
 def read_examples(path: Path, processor: Processor) -> list[Example]:
-    """Read a file of examples, and look at each: whether its images open, and prompt and answer fit.
+    """Read a file of examples, and check each: its images must open, prompt and answer must fit.
 
     Raises:
         PaliGemmaError: one sentence for each row that cannot be used, with its line.

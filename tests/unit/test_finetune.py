@@ -249,7 +249,7 @@ def test_an_adapter_cannot_be_made_for_an_adapter(base, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [["--lora=0"], ["--lora=4", "--full"], ["--freeze", "encoder", "projector", "decoder"], ["--freeze", "eye"]],
+    [["--lora=0"], ["--lora=4", "--full"], ["--freeze", "encoder", "projector", "decoder"], ["--freeze", "nothing"]],
 )
 def test_options_that_make_no_sense_are_refused(base, tmp_path, options):
     with pytest.raises(SystemExit) as caught:
