@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 import ray
@@ -49,6 +49,10 @@ HEALTH_SECONDS = 5
 FIGURES_SECONDS = 5  # for all replicas to tell what they do
 TRIES_TO_START = 3  # of replicas in a row, until a checkpoint counts as one that cannot be loaded
 TRIES = 2  # to begin an answer, if a replica fails before its first token
+ELSEWHERE = (
+    "What is inside a step is not shown while a cluster answers; please ask whoever runs this page to start it without "
+    "--cluster."
+)
 GONE = "The machine that made this answer has failed; please ask again, another one answers."
 
 Event = tuple[int, Token | None]  # of `VisionLanguageModel.stream_batch`
@@ -300,6 +304,12 @@ class RemoteModel:
             numbers.append([places[id(image)] for image in own])
         key = hashlib.sha256(pixels[0].data).hexdigest() if pixels else ""
         return RemoteAnswers(self._link, key, (pixels, numbers, list(prompts), settings))
+
+    def resume(self, *_: object) -> NoReturn:
+        """See `VisionLanguageModel.resume`; the keys and values of an answer are at a replica, which shows none of them."""
+        raise PaliGemmaError(ELSEWHERE)
+
+    inspect_encoder = resume
 
     def generate(self, image: Images, prompt: str, **settings: Any) -> str:  # noqa: ANN401
         """The whole answer at once."""

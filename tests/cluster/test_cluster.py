@@ -123,6 +123,12 @@ def read(answers, texts, errors, number):
         errors[number] = str(error)
 
 
+@pytest.mark.parametrize("look", ["resume", "inspect_encoder"])
+def test_what_a_replica_does_not_show_is_said(remote, look):
+    with pytest.raises(PaliGemmaError, match="to start it without --cluster"):
+        getattr(remote, look)([EXAMPLES / "cats.png"], "caption en", [5])
+
+
 def test_answers_equal_those_of_the_model_itself(either, local):
     images = [EXAMPLES / name for name in ("cats.png", "sign.png")]
     for image in images:
