@@ -69,8 +69,10 @@ def test_what_is_detected_comes_as_json_beside_the_picture(client, tiny):
 
 
 def test_a_step_is_seen_inside_as_json(client, tiny):
-    seen = client.predict(handle_file(PICTURE), "detect apple", 2, temperature=0.5, top_k=3, api_name="/inspect")
-    answer = tiny.stream(PICTURE, "detect apple", temperature=0.5, top_k=3)
+    seen = client.predict(
+        handle_file(PICTURE), "detect apple", 2, temperature=0.5, top_k=3, seed=1, api_name="/inspect"
+    )
+    answer = tiny.stream(PICTURE, "detect apple", temperature=0.5, top_k=3, seed=1)
     assert seen["token"]["text"] in [token.text for token in answer]
     assert len(seen["attention"]) == tiny.config.text.num_hidden_layers
     assert sum(not one["is_cut_off"] for one in seen["distribution"]) == 3

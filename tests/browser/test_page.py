@@ -514,6 +514,7 @@ def test_a_stranger_sees_inside_the_answer_token_by_token(open_page, page_addres
     tab.locator("#inside-rivals button").first.click()
     expect(tab.locator("#inside .line")).to_have_count(2, timeout=20_000)
     expect(tab.locator("#inside .line").last).to_contain_text("What if it were “dress”?")
+    tab.mouse.move(0, 0)  # away from what has moved under the pointer
     expect(rivals.first).to_have_text("␣dress", timeout=20_000)
     tab.get_by_role("button", name="What if", exact=True).click()
     bars = tab.locator("#inside-distribution .bar")
