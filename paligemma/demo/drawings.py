@@ -10,24 +10,14 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from ..inspection import (
-    ANSWER,
-    CAUSAL,
-    FULL,
-    IMAGE,
-    PROMPT,
-    CacheFacts,
-    Candidate,
-    EncoderInspection,
-    Inspection,
-    LensEntry,
-    Span,
-    WalkStep,
-)
+if TYPE_CHECKING:
+    from ..inspection import CacheFacts, Candidate, EncoderInspection, Inspection, LensEntry, Span, WalkStep
+
 
 # From the patches that are attended to least to the one that is most: color and opacity, 0 to 255.
 COLD, WARM = np.array([11, 18, 48, 205.0]), np.array([255, 205, 60, 45.0])
@@ -35,12 +25,9 @@ GAMMA = 0.75  # of the share in the largest, so that small ones can be told apar
 HEAT_PIXELS, THUMBNAIL_PIXELS = 256, 24  # on a side
 MAX_BARS = 24  # of tokens that are listed
 WORDS_TIP = '<p class="tip">Click a word. The more orange, the less sure the model was.</p>'
-NAMES = {IMAGE: "Picture", PROMPT: "Prompt", ANSWER: "Answer so far"}
-MASK_IMAGE, MASK_STEP, MASK_MARGIN = (
-    96,
-    9,
-    12,
-)  # units of the drawing: an image's side, a position of text, space for names
+NAMES = {"image": "Picture", "prompt": "Prompt", "answer": "Answer so far"}
+# Units of the drawing: an image's side, a position of text, space for names.
+MASK_IMAGE, MASK_STEP, MASK_MARGIN = 96, 9, 12
 SPACE = "␣"  # for a token that is a space, or begins with one
 
 
@@ -283,15 +270,15 @@ def mask_html(seen: Inspection, texts: Sequence[str]) -> str:
     parts = []
     for block in seen.mask:
         (top, bottom), (left, right) = at[block.rows], at[block.columns]
-        if block.kind == FULL:
+        if block.kind == "full":
             title = f"{NAMES[block.rows.kind]} sees all of {NAMES[block.columns.kind].lower()}"
             parts.append(_mask_rect(left, top, right - left, bottom - top, block.columns.kind, title))
-        elif block.kind == CAUSAL:
+        elif block.kind == "causal":
             parts += [
-                _mask_rect(left, top + MASK_STEP * number, MASK_STEP * (number + 1), MASK_STEP, ANSWER, title)
+                _mask_rect(left, top + MASK_STEP * number, MASK_STEP * (number + 1), MASK_STEP, "answer", title)
                 for number, title in enumerate(_answer_titles(block.rows, texts))
             ]
-    answer = next((row for row in rows if row.kind == ANSWER), None)
+    answer = next((row for row in rows if row.kind == "answer"), None)
     if answer and seen.position >= answer.start - 1:
         top = at[answer][0] + MASK_STEP * (seen.position - answer.start + 1)
         parts.append(f'<rect class="later" x="0" y="{top}" width="{size}" height="{max(0, size - top)}"/>')
@@ -312,7 +299,7 @@ def _mask_places(rows: Sequence[Span]) -> dict[Span, tuple[float, float]]:
     """Where each span begins and ends; images are drawn as if they had fewer positions."""
     places, start = {}, 0.0
     for row in rows:
-        end = start + (MASK_IMAGE if row.kind == IMAGE else MASK_STEP * (row.end - row.start))
+        end = start + (MASK_IMAGE if row.kind == "image" else MASK_STEP * (row.end - row.start))
         places[row] = start, end
         start = end
     return places
