@@ -36,9 +36,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from llama_cpp_peer import LlamaCpp
+from benchmarks.llama_cpp_peer import LlamaCpp
 
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from threading import Thread
 
 import httpx
+import psutil
 import pytest
 import torch
 from conftest import EXAMPLES, ROOT, wait_until
@@ -63,7 +64,9 @@ def served(*arguments, **environment):
             time.sleep(0.2)
         yield process, address
     finally:
-        process.kill()
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for one in (process, *workers):  # those of ZeroGPU would stay
+            one.kill()
         process.wait()
 
 
