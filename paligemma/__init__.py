@@ -8,7 +8,6 @@ print(vlm.generate("picture.png", "caption en"))
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from .config import PaliGemmaError
@@ -16,10 +15,6 @@ from .config import PaliGemmaError
 if TYPE_CHECKING:
     from .checkpoints import load
     from .generation import Token, VisionLanguageModel
-
-# Read when torch is imported, which is later. Threads that wait for each other by spinning keep the other from running where
-# cores are shared: on two cores with several busy processes a one-row pass over int8 layers takes ten times as long so.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = ["PaliGemmaError", "Token", "VisionLanguageModel", "load"]
 
