@@ -111,7 +111,7 @@ def test_the_page_says_what_runs_and_answers_with_another_checkpoint(zero_gpu, b
     expect(tab.locator("#figure svg")).to_have_count(0, timeout=30_000)
     expect(tab.locator("#copy")).to_be_visible(timeout=30_000)
     text = paligemma.load(other_checkpoint, dtype="bfloat16").generate(PICTURE, "caption en", max_new_tokens=5)
-    expect(tab.locator("#answers .text")).to_have_text(text or EMPTY_ANSWER)
+    expect(tab.locator("#answers .text")).to_have_text(text or EMPTY_ANSWER, timeout=60_000)
     tab.click("#see-inside")
     expect(tab.locator("#inside img").first).to_be_visible(timeout=30_000)
     tab.close()

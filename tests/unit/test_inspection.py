@@ -43,8 +43,8 @@ def answered(tiny):
 
 
 def forget(vlm, max_bytes=MAX_KEPT_BYTES):
-    """Drop all keys and values that are kept, and keep so many from now on."""
-    vlm.engine.prefill.kept = KeptCaches(max_bytes)
+    """Drop all keys and values that are kept, those of answers that were just closed as well, and keep so many from now on."""
+    vlm.engine.call(lambda: setattr(vlm.engine.prefill, "kept", KeptCaches(max_bytes)))
 
 
 def text_of(vlm, before):
