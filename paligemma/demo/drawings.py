@@ -351,7 +351,8 @@ def cache_html(cache: CacheFacts, line: int, can_measure: bool, seconds: Sequenc
         if can_measure and not without
         else ""
     )
-    return f'<table class="facts">{rows}</table><div class="bars times">{bars}</div>{measure}'
+    drawn = f'<div class="bars times" role="group" aria-label="Milliseconds of each step" tabindex="0">{bars}</div>'
+    return f'<table class="facts">{rows}</table>{drawn}{measure}'
 
 
 def _bytes(number: int) -> str:
