@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
@@ -71,161 +72,179 @@ log = logging.getLogger(__name__)
 
 def build_page(models: Models) -> Page:
     """The page from top to bottom, and what happens when something on it is pressed."""
-    first = models.names[0]
     with Page(title=TITLE) as page:
-        with gr.Row(elem_id="head"):
-            gr.Markdown(f"# {TITLE}\n{handlers.TAGLINE}", elem_id="title")
-            about = gr.Markdown(handlers.about(first), elem_id="about")
         files = layout.example_files()
         examples = handlers.example_records(files)
-        shown = handlers.show_again(models, examples, 0)
-        first_task = task_of(shown["prompt"]) or TASKS[0]
-        record, history, view = gr.State(shown["record"]), gr.State([]), gr.State({})
-        with gr.Row(elem_id="page"):
-            with gr.Column(scale=6, min_width=340, elem_id="question"):
-                image, heat, figure, draw = layout.stage(shown["image"], shown["figure"], first == EMBEDDED)
-                task = gr.Radio(
-                    [task.name for task in TASKS],
-                    value=first_task.name,
-                    label="Task",
-                    show_label=False,
-                    container=False,
-                    elem_id="tasks",
-                )
-                prompt, start, stop = layout.prompt_row(shown["prompt"])
-                hint = gr.Markdown(handlers.hint(first_task), elem_id="hint")
-                language = layout.language_menu(first != EMBEDDED)
-                with gr.Row(elem_id="folded"):
-                    checkpoint, settings = layout.settings_menu(models.names)
-                    more_images = layout.more_pictures()
-            with gr.Column(scale=5, min_width=340, elem_id="result"):
-                with gr.Column(elem_id="card"):
-                    answers = gr.HTML(shown["answers"], elem_id="answers")
-                    speed = gr.Markdown(handlers.STORED, elem_id="speed")
-                    actions, see_inside, copy, save_image, save_objects, share = layout.actions()
-                    link = gr.Textbox(
-                        label="Opens this page with this prompt and these settings",
-                        visible=False,
-                        buttons=["copy"],
-                        elem_id="link",
-                    )
-                    file = gr.DownloadButton(visible="hidden", elem_id="file")
-                    note = gr.Markdown(handlers.ABOUT_PHOTOGRAPHS, visible=first == EMBEDDED, elem_id="note")
-                panel, *panel_parts = layout.inside_panel()
-                example = layout.thumbnails(handlers.thumbnails("Try one of these", examples), "examples", files)
-                past_answers = layout.thumbnails("", "history")
-                status = gr.Markdown(models.status(first), elem_id="status")
-        timer = gr.Timer(STATUS_SECONDS, active=False)
-
-        # What the handlers change, by the names that they give it.
-        parts: dict[str, Component] = {"about": about, "status": status, "image": image, "more_images": more_images}
-        parts |= {"task": task, "prompt": prompt, "hint": hint, "checkpoint": checkpoint}
-        parts |= {"figure": figure, "answers": answers, "speed": speed, "past_answers": past_answers}
-        parts |= {"heat": heat, "view": view, "see_inside": see_inside} | dict(zip(layout.PANEL, panel_parts))
-        parts |= {"record": record, "history": history} | dict(zip((one.name for one in SETTINGS), settings))
-        optional: dict[str, list[Block]] = {"is_answered": [actions], "has_language": [language]}
-        optional |= {"is_embedded": [draw, note], "is_open": [panel]}
-        closing = [panel, view, heat, see_inside]
-
-        def show(values: dict[str, Any]) -> dict[Block, Any]:
-            shown: dict[Block, Any] = {parts[name]: value for name, value in values.items() if name in parts}
-            for name in optional.keys() & values:
-                shown |= {part: gr.update(visible=values[name]) for part in optional[name]}
-            if "is_loading" in values:
-                shown[timer] = gr.Timer(active=values["is_loading"])
-            return shown or {prompt: gr.skip()}
-
-        def open_link(request: gr.Request) -> dict[Block, Any]:
-            return show(handlers.read_link(request.query_params, models.names))
-
-        async def stop_answers(request: gr.Request) -> None:
-            page.stop(str(request.session_hash))
-
-        async def take_example(event: gr.EventData, request: gr.Request) -> dict[Block, Any]:
-            await stop_answers(request)  # that of another picture
-            return choose_example(event.choice)
-
-        def take_past_answer(history: list[handlers.Record], event: gr.EventData) -> dict[Block, Any]:
-            return show_again(history, event.choice)
-
-        async def look(record: handlers.Record, view: inside.View, event: gr.EventData) -> AsyncIterator[dict]:
-            async for shown in look_inside(record, view, event.choice):
-                yield shown
-
-        def peek(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
-            return on_page(inside.peek, models)(record, view, event.choice)
-
-        def redraw(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
-            return on_page(inside.redraw, models)(record, view, event.choice)
-
-        on_page = partial(page.event, show=show, write=escape)
-        to_file = partial(page.event, write=escape)
-        choose_example = on_page(handlers.choose_example, examples)
-        show_again = on_page(handlers.show_again, models)
-        look_inside = on_page(inside.look, models)
-
-        # --- what is pressed
-
-        def run_after(listen: Callable) -> None:
-            """Answer what is asked then."""
-            listen(
-                on_page(handlers.run, models),
-                [image, more_images, prompt, checkpoint, history, *settings],
-                [figure, answers, speed, actions, record, history, past_answers, *closing],
-                # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
-                preprocess=False,
-                api_visibility="private",
-                show_progress_on=answers,  # the place in the queue shows where the answer will be
-                **TOGETHER,
-            )
-
-        run_after(partial(gr.on, [start.click, prompt.submit]))
-        run_after(example.click(take_example, None, [image, more_images, prompt], **AT_ONCE).success)
-        stop.click(stop_answers, **AT_ONCE)
-        draw.click(handlers.draw_scene, None, image, **AT_ONCE)
-        gone = [figure, heat, speed, answers, actions, panel]
-        gr.on([image.input, draw.click], None, prompt, [prompt, *gone], js=CHANGE_PICTURE)
-        gr.on([task.input, language.input], handlers.choose_task, [task, language], prompt, **AT_ONCE)
-        gr.on(
-            [prompt.change, checkpoint.change],
-            on_page(handlers.describe_prompt),
-            [prompt, checkpoint],
-            [task, hint, language],
-            **AT_ONCE,
-        )
-        copy.click(None, js=COPY_TEXT)
-        save_image.click(to_file(handlers.save_image, models), record, file, **AT_ONCE).then(None, js=DOWNLOAD)
-        save_objects.click(to_file(handlers.save_objects, models), record, file, **AT_ONCE).then(None, js=DOWNLOAD)
-        share.click(None, [prompt, checkpoint, *settings], link, js=MAKE_LINK)
-        share.click(lambda: gr.update(visible=True), None, link, **AT_ONCE)
-        past_answers.click(
-            take_past_answer,
-            history,
-            [image, more_images, prompt, figure, answers, speed, record, actions, *closing],
-            **AT_ONCE,
-        )
-        once = LOOKING | {"trigger_mode": "once"}
-        see_inside.click(on_page(inside.toggle, models), [record, view], [*closing, *panel_parts], **once)
-        gr.on(
-            [part.click for part in (heat, *panel_parts)], look, [record, view], [view, heat, *panel_parts], **LOOKING
-        )
-        words, rivals, section, distribution = panel_parts
-        if not IS_ZERO_GPU:  # each look would ask for a GPU
-            words.select(peek, [record, view], rivals, trigger_mode="multiple", **AT_ONCE)
-        section.input(redraw, [record, view], distribution, trigger_mode="multiple", **AT_ONCE)
-        # A visitor who comes while the model is being loaded sees how far it is.
-        gr.on(
-            [page.load, timer.tick, checkpoint.change],
-            on_page(handlers.show_status, models),
-            checkpoint,
-            [about, status, timer, draw, note],
-            **AT_ONCE,
-        )
-        page.load(None, js=LISTEN)
-        page.load(open_link, None, [prompt, checkpoint, *settings], **AT_ONCE)
-        _add_endpoints(page, models, prompt, settings)
+        ui = _lay_out(models, files, examples)
+        on_page = partial(page.event, show=partial(_show, ui), write=escape)
+        _answer_when_asked(page, models, ui, on_page, examples)
+        _look_inside_when_asked(models, ui, on_page)
+        _add_endpoints(page, models, ui.prompt, ui.settings)
         page.limit_queue(MAX_QUEUE_LENGTH, MAX_CLIENT_SHARE)
     return page
+
+
+def _lay_out(models: Models, files: list[str], examples: list[handlers.Record]) -> SimpleNamespace:
+    """The page's components from top to bottom, by the names under which handlers change them."""
+    first, ui = models.names[0], SimpleNamespace()
+    with gr.Row(elem_id="head"):
+        gr.Markdown(f"# {TITLE}\n{handlers.TAGLINE}", elem_id="title")
+        ui.about = gr.Markdown(handlers.about(first), elem_id="about")
+    shown = handlers.show_again(models, examples, 0)
+    first_task = task_of(shown["prompt"]) or TASKS[0]
+    ui.record, ui.history, ui.view = gr.State(shown["record"]), gr.State([]), gr.State({})
+    with gr.Row(elem_id="page"):
+        with gr.Column(scale=6, min_width=340, elem_id="question"):
+            ui.image, ui.heat, ui.figure, ui.draw = layout.stage(shown["image"], shown["figure"], first == EMBEDDED)
+            ui.task = gr.Radio(
+                [task.name for task in TASKS],
+                value=first_task.name,
+                label="Task",
+                show_label=False,
+                container=False,
+                elem_id="tasks",
+            )
+            ui.prompt, ui.start, ui.stop = layout.prompt_row(shown["prompt"])
+            ui.hint = gr.Markdown(handlers.hint(first_task), elem_id="hint")
+            ui.language = layout.language_menu(first != EMBEDDED)
+            with gr.Row(elem_id="folded"):
+                ui.checkpoint, ui.settings = layout.settings_menu(models.names)
+                ui.more_images = layout.more_pictures()
+        with gr.Column(scale=5, min_width=340, elem_id="result"):
+            with gr.Column(elem_id="card"):
+                ui.answers = gr.HTML(shown["answers"], elem_id="answers")
+                ui.speed = gr.Markdown(handlers.STORED, elem_id="speed")
+                ui.actions, ui.see_inside, ui.copy, ui.save_image, ui.save_objects, ui.share = layout.actions()
+                ui.link = gr.Textbox(
+                    label="Opens this page with this prompt and these settings",
+                    visible=False,
+                    buttons=["copy"],
+                    elem_id="link",
+                )
+                ui.file = gr.DownloadButton(visible="hidden", elem_id="file")
+                ui.note = gr.Markdown(handlers.ABOUT_PHOTOGRAPHS, visible=first == EMBEDDED, elem_id="note")
+            ui.panel, *ui.panel_parts = layout.inside_panel()
+            ui.example = layout.thumbnails(handlers.thumbnails("Try one of these", examples), "examples", files)
+            ui.past_answers = layout.thumbnails("", "history")
+            ui.status = gr.Markdown(models.status(first), elem_id="status")
+    ui.timer = gr.Timer(STATUS_SECONDS, active=False)
+    vars(ui).update(zip((one.name for one in SETTINGS), ui.settings))
+    vars(ui).update(zip(layout.PANEL, ui.panel_parts))
+    ui.closing = [ui.panel, ui.view, ui.heat, ui.see_inside]  # what changes when the panel closes
+    return ui
+
+
+def _show(ui: SimpleNamespace, values: dict[str, Any]) -> dict[Block, Any]:
+    """What Gradio changes on the page, from what a handler returns."""
+    optional = {"is_answered": [ui.actions], "has_language": [ui.language]}
+    optional |= {"is_embedded": [ui.draw, ui.note], "is_open": [ui.panel]}
+    shown: dict[Block, Any] = {getattr(ui, name): value for name, value in values.items() if hasattr(ui, name)}
+    for name in optional.keys() & values:
+        shown |= {part: gr.update(visible=values[name]) for part in optional[name]}
+    if "is_loading" in values:
+        shown[ui.timer] = gr.Timer(active=values["is_loading"])
+    return shown or {ui.prompt: gr.skip()}
+
+
+def _answer_when_asked(
+    page: Page, models: Models, ui: SimpleNamespace, on_page: Callable[..., Callable], examples: list[handlers.Record]
+) -> None:
+    """Wire what asks, and what is done with an answer; `on_page` makes a handler one that changes the page."""
+    to_file = partial(page.event, write=escape)
+    choose_example = on_page(handlers.choose_example, examples)
+    show_again = on_page(handlers.show_again, models)
+
+    def open_link(request: gr.Request) -> dict[Block, Any]:
+        return _show(ui, handlers.read_link(request.query_params, models.names))
+
+    async def stop_answers(request: gr.Request) -> None:
+        page.stop(str(request.session_hash))
+
+    async def take_example(event: gr.EventData, request: gr.Request) -> dict[Block, Any]:
+        await stop_answers(request)  # that of another picture
+        return choose_example(event.choice)
+
+    def take_past_answer(history: list[handlers.Record], event: gr.EventData) -> dict[Block, Any]:
+        return show_again(history, event.choice)
+
+    def run_after(listen: Callable) -> None:
+        """Answer what is asked then."""
+        listen(
+            on_page(handlers.run, models),
+            [ui.image, ui.more_images, ui.prompt, ui.checkpoint, ui.history, *ui.settings],
+            [ui.figure, ui.answers, ui.speed, ui.actions, ui.record, ui.history, ui.past_answers, *ui.closing],
+            # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
+            preprocess=False,
+            api_visibility="private",
+            show_progress_on=ui.answers,  # the place in the queue shows where the answer will be
+            **TOGETHER,
+        )
+
+    run_after(partial(gr.on, [ui.start.click, ui.prompt.submit]))
+    run_after(ui.example.click(take_example, None, [ui.image, ui.more_images, ui.prompt], **AT_ONCE).success)
+    ui.stop.click(stop_answers, **AT_ONCE)
+    ui.draw.click(handlers.draw_scene, None, ui.image, **AT_ONCE)
+    gone = [ui.figure, ui.heat, ui.speed, ui.answers, ui.actions, ui.panel]
+    gr.on([ui.image.input, ui.draw.click], None, ui.prompt, [ui.prompt, *gone], js=CHANGE_PICTURE)
+    gr.on([ui.task.input, ui.language.input], handlers.choose_task, [ui.task, ui.language], ui.prompt, **AT_ONCE)
+    gr.on(
+        [ui.prompt.change, ui.checkpoint.change],
+        on_page(handlers.describe_prompt),
+        [ui.prompt, ui.checkpoint],
+        [ui.task, ui.hint, ui.language],
+        **AT_ONCE,
+    )
+    ui.copy.click(None, js=COPY_TEXT)
+    ui.save_image.click(to_file(handlers.save_image, models), ui.record, ui.file, **AT_ONCE).then(None, js=DOWNLOAD)
+    ui.save_objects.click(to_file(handlers.save_objects, models), ui.record, ui.file, **AT_ONCE).then(None, js=DOWNLOAD)
+    ui.share.click(None, [ui.prompt, ui.checkpoint, *ui.settings], ui.link, js=MAKE_LINK)
+    ui.share.click(lambda: gr.update(visible=True), None, ui.link, **AT_ONCE)
+    ui.past_answers.click(
+        take_past_answer,
+        ui.history,
+        [ui.image, ui.more_images, ui.prompt, ui.figure, ui.answers, ui.speed, ui.record, ui.actions, *ui.closing],
+        **AT_ONCE,
+    )
+    # A visitor who comes while the model is being loaded sees how far it is.
+    gr.on(
+        [page.load, ui.timer.tick, ui.checkpoint.change],
+        on_page(handlers.show_status, models),
+        ui.checkpoint,
+        [ui.about, ui.status, ui.timer, ui.draw, ui.note],
+        **AT_ONCE,
+    )
+    page.load(None, js=LISTEN)
+    page.load(open_link, None, [ui.prompt, ui.checkpoint, *ui.settings], **AT_ONCE)
+
+
+def _look_inside_when_asked(models: Models, ui: SimpleNamespace, on_page: Callable[..., Callable]) -> None:
+    """Wire the panel “See inside”."""
+    look_inside, peek_inside, redraw_inside = (
+        on_page(handler, models) for handler in (inside.look, inside.peek, inside.redraw)
+    )
+
+    async def look(record: handlers.Record, view: inside.View, event: gr.EventData) -> AsyncIterator[dict]:
+        async for shown in look_inside(record, view, event.choice):
+            yield shown
+
+    def peek(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
+        return peek_inside(record, view, event.choice)
+
+    def redraw(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
+        return redraw_inside(record, view, event.choice)
+
+    once = LOOKING | {"trigger_mode": "once"}
+    ui.see_inside.click(on_page(inside.toggle, models), [ui.record, ui.view], [*ui.closing, *ui.panel_parts], **once)
+    gr.on(
+        [part.click for part in (ui.heat, *ui.panel_parts)],
+        look,
+        [ui.record, ui.view],
+        [ui.view, ui.heat, *ui.panel_parts],
+        **LOOKING,
+    )
+    if not IS_ZERO_GPU:  # each look would ask for a GPU
+        ui.words.select(peek, [ui.record, ui.view], ui.rivals, trigger_mode="multiple", **AT_ONCE)
+    ui.section.input(redraw, [ui.record, ui.view], ui.distribution, trigger_mode="multiple", **AT_ONCE)
 
 
 def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: list[Component]) -> None:

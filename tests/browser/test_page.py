@@ -352,7 +352,9 @@ def test_the_text_grows_and_stop_ends_it_within_one_token_and_keeps_it(open_page
     wait_until(lambda: answer_in(tab) == kept, tab=tab)
 
 
-def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, serve, watched, monkeypatch):
+@pytest.fixture
+def one_asks_and_one_waits(open_page, serve, watched, monkeypatch):
+    """Two tabs: the first is being answered, by a page that answers one at a time, and the second has asked as well."""
     monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
     address = serve(watched)
     first, second = open_page(address), open_page(address)
@@ -362,6 +364,11 @@ def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, serve, watched, mo
     first.click("#run")
     wait_until(lambda: watched.tokens > before, tab=first)
     second.click("#run")
+    return first, second
+
+
+def test_who_has_to_wait_sees_a_place_in_the_queue(one_asks_and_one_waits):
+    first, second = one_asks_and_one_waits
     expect(second.get_by_text("queue: 1/1")).to_be_visible(timeout=20_000)
     assert second.locator("#answers").get_by_text("queue: 1/1").bounding_box()["height"] > 10
     first.click("#stop")
@@ -369,16 +376,8 @@ def test_who_has_to_wait_sees_a_place_in_the_queue(open_page, serve, watched, mo
     second.click("#stop")
 
 
-def test_stop_leaves_the_queue(open_page, serve, watched, monkeypatch):
-    monkeypatch.setitem(app.TOGETHER, "concurrency_limit", 1)
-    address = serve(watched)
-    first, second = open_page(address), open_page(address)
-    for tab in (first, second):
-        upload(tab, PICTURE)
-    before = watched.tokens
-    first.click("#run")
-    wait_until(lambda: watched.tokens > before, tab=first)
-    second.click("#run")
+def test_stop_leaves_the_queue(one_asks_and_one_waits, watched):
+    first, second = one_asks_and_one_waits
     place = second.get_by_text("queue: 1/1")
     expect(place).to_be_visible(timeout=20_000)
     second.click("#stop")
