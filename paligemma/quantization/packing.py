@@ -7,14 +7,21 @@ Fewer levels for the activations keep nearly all sums below that, and cost less 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 64  # rows and columns of a weight that oneDNN's layout holds together, see `onednn_layout`
+# By shape, a packed weight that is in use and follows this layout.
+PACKED: WeakValueDictionary[torch.Size, Tensor] = WeakValueDictionary()
 
 
 def is_available() -> bool:
@@ -50,7 +57,7 @@ class OneDnnWeight:
     levels = 127
 
     def __init__(self, rounded: Tensor, scale: Tensor):
-        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self.packed = onednn_prepack(rounded)
         self.scale = scale
         self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
         self.round(torch.zeros(1, 1))  # torch warns once that it is deprecated: here, where `packing` keeps that quiet
@@ -67,6 +74,50 @@ class OneDnnWeight:
             *(rounded, 1.0, self.levels + 1, self.packed, self.scale, self.zero_points, None),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
+
+
+def onednn_prepack(rounded: Tensor) -> Tensor:
+    """int8 [out, in] as oneDNN reads it: what torch's `qlinear_prepack` returns, in a quarter of the time.
+
+    That goes weight by weight, 0.2 GB a second and core, since oneDNN has no fast path to this layout. So it packs the
+    first weight of each shape only. Where that has the bytes of `write_layout`, as with AVX-512, others are written so.
+    """
+    known = PACKED.get(rounded.shape)
+    if known is not None:
+        packed = known.clone()  # there is no other way to a new one
+        write_layout(rounded, bytes_of(packed))
+        return packed
+    packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+    stored = bytes_of(packed)
+    expected = torch.empty_like(stored)
+    if write_layout(rounded, expected) and torch.equal(stored, expected):
+        PACKED[rounded.shape] = packed
+    return packed
+
+
+def write_layout(rounded: Tensor, out: Tensor) -> bool:
+    """Write an int8 weight [out, in] into `out`, int8, as VNNI instructions read it; False if it has another size.
+
+    The weight is padded to whole blocks. Those of 64 rows follow each other, the columns of each by fours: [out / 64,
+    in / 4, 64, 4]. Then comes what the zero point of activations is multiplied by, the negative sum of each row, int32.
+    """
+    if any(size % BLOCK for size in rounded.shape):
+        rounded = F.pad(rounded, (0, -rounded.shape[1] % BLOCK, 0, -rounded.shape[0] % BLOCK))
+    rows, columns = rounded.shape
+    if len(out) != rows * columns + 4 * rows:
+        return False
+    numbers, sums = out.split((rows * columns, 4 * rows))
+    fours = rounded.view(torch.int32).view(rows // BLOCK, BLOCK, columns // 4)
+    for written, block in zip(numbers.view(torch.int32).view(rows // BLOCK, columns // 4, BLOCK), fours):
+        written.copy_(block.T)
+    sums.view(torch.int32).numpy()[:] = -rounded.numpy().sum(axis=1, dtype="int32")  # ten times as fast as torch's sum
+    return True
+
+
+def bytes_of(packed: Tensor) -> Tensor:
+    """The memory of a tensor that only oneDNN knows to read, int8, as long as that tensor lives."""
+    size = torch.ops.mkldnn._nbytes(packed)
+    return torch.frombuffer((ctypes.c_int8 * size).from_address(torch.ops.mkldnn.data_ptr(packed)), dtype=torch.int8)
 
 
 @lru_cache

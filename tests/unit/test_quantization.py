@@ -25,7 +25,7 @@ import paligemma
 from paligemma import PaliGemmaError
 from paligemma.checkpoints.quantized import store
 from paligemma.quantization import InputMemo, Int8Linear, pack, packing, quantize
-from paligemma.quantization.packing import OneDnnWeight
+from paligemma.quantization.packing import PACKED, OneDnnWeight, bytes_of, onednn_prepack
 from paligemma.quantization.rounding import rotate, rotation, unrotate
 
 # [in, out]: of vision encoder and decoders in the official shapes, and of the embedded checkpoint.
@@ -140,6 +140,17 @@ def test_the_other_kernel_computes_the_same():
     weight, rows = torch.randn(512, 2048) * 0.02, torch.randn(16, 2048)
     layer = Int8Linear(OneDnnWeight(*quantize(weight)))
     assert relative_error(layer(rows), rows @ weight.T) <= 0.03
+
+
+@pytest.mark.parametrize(("outputs", "channels"), [(128, 64), (70, 100), (1, 1), (257, 4304)])
+def test_the_second_weight_of_a_shape_is_packed_as_the_first(outputs, channels):
+    capabilities = torch.cpu.get_capabilities()
+    weights = [torch.randint(-127, 128, (outputs, channels), dtype=torch.int8) for _ in range(3)]
+    first, *others = (onednn_prepack(weight) for weight in weights)
+    for packed, weight in zip(others, weights[1:], strict=True):
+        assert torch.equal(bytes_of(packed), bytes_of(torch.ops.onednn.qlinear_prepack(weight, None)))
+    if capabilities.get("avx512_vnni"):
+        assert PACKED[weights[0].shape] is first, "the fast way was not taken"
 
 
 @pytest.mark.parametrize("channels", [1, 48, 127, 192, 1152, 4304, 16384])
