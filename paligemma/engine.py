@@ -1,6 +1,7 @@
 """The engine: sequences wait, are prefilled one by one, decoded together, and leave when they end.
 
-One thread owns the model; others submit a `TokenSequence` and read its tokens. The thread lets go whom nobody waits for, then either prefills the next in line or makes one decode step for all rows.
+One thread owns the model; others submit a `TokenSequence` and read its tokens. The thread lets go whom nobody waits for,
+then either prefills the next in line or makes one decode step for all rows.
 A prefix attends to itself both ways, so a prefill cannot be cut by positions; it is cut by layers, and the steps of the
 others come in between.
 
@@ -182,8 +183,8 @@ class Engine:
         return capacity <= self._cache.capacity and len(self._running) < len(self._cache.lengths)
 
     def _no_cache(self) -> KVCache:
-        # On `meta`, since on ZeroGPU the engine is made where no GPU is.
-        return KVCache(self.model.config.text, 0, 0, self.model.dtype, "meta")
+        # On the CPU, since on ZeroGPU the engine is made where no GPU is.
+        return KVCache(self.model.config.text, 0, 0, self.model.dtype, "cpu")
 
     def _make_cache(self, capacity: int) -> KVCache:
         """As many slots as fit into the bounds, each for `capacity` positions or the usual number of them."""

@@ -91,3 +91,14 @@ except paligemma.PaliGemmaError as error:
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert ran.stdout.startswith("The memory of cpu is too small; please choose the dtype bfloat16, "), ran.stderr
+
+
+def test_answering_imports_no_compiler():
+    """It takes a second and 70 MB, and some operators of torch on `meta` bring it along."""
+    script = """
+import sys, paligemma
+from PIL import Image
+paligemma.load().generate(Image.new("RGB", (9, 9)), "caption en", max_new_tokens=2)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)
