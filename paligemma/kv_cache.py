@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import TextConfig
+from .hardware import lazy_zeros
 
 # Stores the keys and values of a layer, each [B, kv_heads, T, head_dim], and returns those to attend to, with S positions.
 Write = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,8 +37,8 @@ class KVCache:
         kv_heads, self.capacity = config.num_key_value_heads, capacity
         shape = (config.num_hidden_layers, slots, kv_heads, capacity + 1, config.head_dim)
         # Zeros, since a position that is masked still enters with weight 0, and 0 times a NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = lazy_zeros(shape, dtype, device)
+        self.values = lazy_zeros(shape, dtype, device)
         self.lengths = torch.full((slots,), capacity, device=device)  # int64
         starts = torch.arange(slots * kv_heads, device=device) * (capacity + 1)
         self._starts = starts.view(slots, kv_heads)  # where a slot's heads begin, in positions of one layer

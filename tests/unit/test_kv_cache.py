@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from random_checkpoints import make_reference, save_reference
@@ -137,3 +138,13 @@ def test_a_step_takes_lengths_and_writes_without_reading_values(model):
     logits = meta_model.decode(torch.zeros(3, 1, dtype=torch.int64, device="meta"), cache, 30, cache.mask(3, 30))
     cache.release(1)
     assert logits.shape == (3, model.config.text.vocab_size)
+
+
+def test_slots_take_memory_only_as_they_are_used(model):
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache = KVCache(model.config.text, 256, 4096, torch.float32, "cpu")
+    assert process.memory_info().rss - before < cache.keys.nbytes / 100
+    assert not cache.keys[0, 0].any()
+    cache.keys[:, :64] = 1.0
+    assert cache.keys.nbytes / 8 < process.memory_info().rss - before < cache.keys.nbytes / 2
