@@ -20,14 +20,14 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from conftest import find_browser
 
 from paligemma.demo.handlers import SETTINGS
 
+ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "paligemma" / "demo" / "examples" / "cats.png"
 PROMPT = "caption en"
 TOKENS = next(int(setting.default) for setting in SETTINGS if setting.name == "max_new_tokens")  # of each answer
