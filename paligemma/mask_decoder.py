@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .config import CODEBOOK_SIZE, PaliGemmaError
 
 GRID_SIDE = 4  # of the 16 codes
-MASK_SIDE = 64  # pixels
 FILE_NAMES = ("mask_decoder.safetensors", "vae-oid.npz")  # beside a checkpoint
 
 

@@ -135,16 +135,17 @@ class Models:
             return "ending"
         if checkpoint.description:
             return "ready"
-        has_failed = checkpoint.loading is not None and checkpoint.loading.done()
-        return "failed" if has_failed else "loading"
+        loading = checkpoint.loading
+        return "failed" if loading is not None and loading.done() else "loading"
 
     def status(self, name: str) -> str:
         """What a checkpoint runs as, or how far its loading is."""
         checkpoint = self._find(name)
-        if checkpoint.loading is None:
+        loading = checkpoint.loading  # once, since another thread may unload it meanwhile
+        if loading is None:
             return "This checkpoint is loaded with the first question."
-        if checkpoint.loading.done():
-            return str(checkpoint.loading.exception() or checkpoint.description)
+        if loading.done():
+            return str(loading.exception() or checkpoint.description)
         done = "" if checkpoint.fraction is None else f" {checkpoint.fraction:.0%}"
         return f"Loading the model: {checkpoint.doing}{done} … You can already ask; the answer comes when it is ready."
 

@@ -242,6 +242,11 @@ def test_what_is_no_whole_adapter_is_refused_with_a_sentence(base, tmp_path):
 
     save_file({key: tensor for key, tensor in stored.items() if "0.self_attn.q_proj.lora_B" not in key}, weights)
     assert "one of the two matrices of" in refusal(base, adapter=tmp_path / "adapter")
+    for damage in (torch.Tensor.flatten, lambda matrix: matrix[:0], lambda matrix: matrix[1:].contiguous()):
+        save_file(
+            {key: damage(one) if "0.self_attn.q_proj.lora_A" in key else one for key, one in stored.items()}, weights
+        )
+        assert "which are none of LoRA" in refusal(base, adapter=tmp_path / "adapter")
     weights.write_bytes(weights.read_bytes()[:100])
     assert "truncated or damaged" in refusal(base, adapter=tmp_path / "adapter")
     weights.unlink()
