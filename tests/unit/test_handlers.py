@@ -181,7 +181,8 @@ def test_of_answers_from_before_a_restart_a_sentence_says_that_they_are_forgotte
 
 
 @pytest.mark.parametrize(
-    ("typed", "seed"), [(None, None), ("", None), (" ", None), ("5", 5), (" 7 ", 7), (5, 5), ("-1", "-1"), ("x", "x")]
+    ("typed", "seed"),
+    [(None, None), ("", None), (" ", None), ("5", 5), (" 7 ", 7), (5, 5), ("-1", "-1"), ("x", "x"), ("1" * 5000,) * 2],
 )
 def test_a_seed_is_read_as_it_is_typed(typed, seed):
     assert handlers.read_settings((64, 0, 0, 1, typed))["seed"] == seed

@@ -191,4 +191,3 @@ def test_an_earlier_answer_is_read_again():
     assert [found.label for found in answer.annotated.detections] == ["cat"]
     assert answer.annotated.problems == ["a box of 1 instead of 4 locations"]
     assert answer.is_finished
-    assert answer.tokens_per_second is None
