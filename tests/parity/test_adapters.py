@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
@@ -126,8 +125,7 @@ def test_an_adapter_that_is_given_as_the_model_names_its_base(tmp_path, family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", ["all linear layers", "output layer adapted", "token embedding adapted"])
-def test_an_adapter_is_merged_before_weights_are_rounded_to_int8(base, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+def test_an_adapter_is_merged_before_weights_are_rounded_to_int8(base, tmp_path, settings):
     make_adapter(base, tmp_path / "adapter", **SETTINGS[settings])
     merged = paligemma.load(base, adapter=tmp_path / "adapter")
     save_checkpoint(merged.model, merged.processor.tokenizer, tmp_path / "merged", torch.float32)

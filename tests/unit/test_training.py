@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.scene_figures import FIGURES, SEED, draw_scenes, evaluate
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
@@ -20,7 +21,6 @@ from paligemma.scenes.painter import Painter
 from paligemma.scenes.questions import detections, questions
 from paligemma.training import loop
 from paligemma.training.data import collate
-from paligemma.training.evaluate import FIGURES, SEED, draw_scenes, evaluate
 from paligemma.training.loop import Run
 from paligemma.training.losses import NO_LABEL, answer_loss
 
