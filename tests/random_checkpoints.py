@@ -25,6 +25,7 @@ def make_reference(
     head_dim: int = 32,
     intermediate_size: int = 128,
     sliding_window: int = 24,
+    epsilon: float = 1e-6,
     std: float = 0.02,
     seed: int = 0,
 ) -> PaliGemmaForConditionalGeneration:
@@ -50,6 +51,7 @@ def make_reference(
             "image_size": image_size,
             "patch_size": patch_size,
             "vision_use_head": False,
+            "layer_norm_eps": epsilon,
         },
         text_config={
             "model_type": family,
@@ -60,6 +62,7 @@ def make_reference(
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "vocab_size": vocab_size,
+            "rms_norm_eps": epsilon,
             "max_position_embeddings": (image_size // patch_size) ** 2 + 1024,
             **(gemma2 if family == "gemma2" else {}),
         },

@@ -65,4 +65,5 @@ def test_what_a_patch_attends_to_equals_the_reference(load_both):
     for patch in (0, 9, 15):
         seen = vlm.inspect_encoder(image, patch)
         assert seen.grid == (4, 4)
+        assert (seen.heat_map(1, 2) == seen.attention[1, 2].reshape(4, 4)).all()
         assert (torch.from_numpy(seen.attention) - expected[:, :, patch]).abs().max() <= BOUND

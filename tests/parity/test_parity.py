@@ -39,7 +39,8 @@ def random_image(seed, width=90, height=60):
 @pytest.mark.parametrize("image_size", [28, 56, 112])
 @torch.no_grad()
 def test_logits_equal_the_reference(load_both, family, kv_heads, image_size):
-    reference, vlm = load_both(family=family, kv_heads=kv_heads, image_size=image_size, std=0.1)
+    shape = {"kv_heads": kv_heads, "image_size": image_size, "epsilon": 1e-2}  # so large that it shows
+    reference, vlm = load_both(family=family, std=0.1, **shape)
     for lengths in ([39], [39, 35, 2]):  # one row; three padded rows
         pixel_values, input_ids, attention_mask = random_rows(vlm.config, lengths)
         prefix_lengths = vlm.config.vision.num_patches + torch.tensor([length // 4 for length in lengths])
@@ -116,7 +117,7 @@ def test_decode_with_cache_equals_full_forward(load_both, family, kv_heads):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 @torch.no_grad()
 def test_greedy_tokens_equal_generate(load_both, family, seed):
     shape = {"kv_heads": (1, 2, 4)[seed % 3], "image_size": (28, 56)[seed % 2], "sliding_window": 8}
