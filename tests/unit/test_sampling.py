@@ -75,6 +75,14 @@ def test_the_same_seed_draws_the_same():
     assert not one.equal(other)
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_p": 1 - 1e-6}, {"top_k": 100, "top_p": 1 - 1e-6}])
+def test_what_rounding_changes_of_nearly_equal_logits_changes_no_draw(settings):
+    generator = torch.Generator().manual_seed(0)
+    logits, rounded = (torch.randn(64, 100, generator=generator) * 1e-6 for _ in range(2))
+    draws = [Sampler(1.0, **settings)(some, torch.Generator().manual_seed(1)) for some in (logits, rounded)]
+    assert draws[0].equal(draws[1])
+
+
 def test_top_k_spares_the_sort_of_the_vocabulary():
     with torch.profiler.profile() as profile:
         Sampler(1.0, top_k=10, top_p=0.9)(torch.randn(1, 257_216))
