@@ -53,6 +53,12 @@ def tiny() -> paligemma.VisionLanguageModel:
     return paligemma.load()
 
 
+@pytest.fixture
+def models(tiny: paligemma.VisionLanguageModel) -> Models:
+    """What a page offers that has the embedded checkpoint alone."""
+    return Models([None], lambda source, **_: tiny)
+
+
 @pytest.fixture(scope="session")
 def with_mask_decoder(tiny: paligemma.VisionLanguageModel) -> paligemma.VisionLanguageModel:
     """The embedded checkpoint beside a mask decoder whose masks are the whole box."""

@@ -167,6 +167,20 @@ def test_an_answer_that_nobody_reads_waits_while_the_others_go_on(vlm, log):
     assert len(log) > before
 
 
+def test_an_answer_that_nobody_reads_keeps_its_slot_from_nobody(vlm):
+    vlm.engine.rows = 1
+    unread = vlm.stream(IMAGES[0], "caption en", max_new_tokens=20)
+    next(unread)
+    wait_until(lambda: unread._sequence.is_ahead)
+    other = threading.Thread(
+        target=vlm.generate, args=(IMAGES[1], "caption en"), kwargs={"max_new_tokens": 2}, daemon=True
+    )
+    other.start()
+    other.join(timeout=20)
+    assert not other.is_alive()
+    assert len(list(unread)) == 19
+
+
 def test_those_who_stream_get_their_tokens_while_a_newcomer_is_prefilled(vlm, log, monkeypatch):
     # A clock that a step moves by ten, and a layer of a prefill by three.
     monkeypatch.setattr(engine.time, "perf_counter", lambda: sum(3 if entry == "layer" else 10 for entry in log))

@@ -23,11 +23,6 @@ BOX = "<loc0256><loc0256><loc0768><loc0768>"
 
 
 @pytest.fixture
-def models(tiny):
-    return Models([None], lambda source, **_: tiny)
-
-
-@pytest.fixture
 def upload(tmp_path, monkeypatch):
     """Put an example into the folder of uploads, as a visitor does; returns what `gr.Image` sends of it."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))

@@ -21,11 +21,6 @@ from paligemma.inspection import WalkStep
 
 
 @pytest.fixture
-def models(tiny):
-    return Models([None], lambda source, **_: tiny)
-
-
-@pytest.fixture
 def record(tmp_path, monkeypatch):
     """The stored answer to `detect apple ; banana`."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
