@@ -52,6 +52,11 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature):
 def test_a_top_p_near_zero_takes_the_likeliest(top_p):
     logits = torch.randn(3, 50)
     assert Sampler(1.0, top_p=top_p)(logits).equal(logits.argmax(-1))
+    assert Sampler(1.0, top_p=top_p).log_probabilities(logits).amax(-1).tolist() == [0.0] * 3
+
+
+def test_of_tokens_whose_probabilities_add_up_to_top_p_no_more_is_kept():
+    assert Sampler(1.0, top_p=0.5).log_probabilities(torch.zeros(1, 2)).exp().sort().values.tolist() == [[0.0, 1.0]]
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 10**400}, {"top_k": 1e300}, {"top_p": Fraction(1)}])
