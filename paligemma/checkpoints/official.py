@@ -12,8 +12,9 @@ from itertools import product
 import torch
 
 from ..config import PaliGemmaConfig
+from ..hardware import dtype_name
 from .load import empty_model
-from .memory import dtype_name, running_bytes
+from .memory import running_bytes
 
 DECODER_FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),

@@ -298,9 +298,9 @@ def _until_stopped(steps: Generator[Any, None, None]) -> Iterator[Any]:
 
 def _describe(vlm: VisionLanguageModel) -> str:
     """What a model runs in and on, and why not on a GPU where there is one that torch cannot use."""
-    from ..hardware import unused_gpu  # brings torch
+    from ..hardware import dtype_name, unused_gpu  # brings torch
 
-    description = f"It runs in {str(vlm.weight_dtype).removeprefix('torch.')} on {vlm.device}."
+    description = f"It runs in {dtype_name(vlm.weight_dtype)} on {vlm.device}."
     problem = unused_gpu() if vlm.device.type == "cpu" else None
     if problem:
         log.warning("%s", problem)
