@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
-from random_checkpoints import make_reference, save_reference
+from random_checkpoints import make_reference, reference_inputs, save_reference
 from safetensors.torch import load_file, save_file
 from test_parity import LOGITS_BOUND, random_rows
 from transformers import PaliGemmaForConditionalGeneration
@@ -89,14 +89,8 @@ def distance(vlm, reference):
     """The largest difference of logits, of a padded row and one that is not."""
     pixel_values, input_ids, attention_mask = random_rows(vlm.config, [20, 12])
     prefix_lengths = vlm.config.vision.num_patches + torch.tensor([5, 4])
-    expected = reference(
-        pixel_values=pixel_values,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        token_type_ids=(torch.arange(input_ids.shape[1]) >= prefix_lengths[:, None]).long(),
-    ).logits
-    logits = vlm.model(pixel_values, input_ids, prefix_lengths, attention_mask)
-    return (logits - expected)[attention_mask].abs().max()
+    rows = pixel_values, input_ids, prefix_lengths, attention_mask
+    return (vlm.model(*rows) - reference(**reference_inputs(*rows)).logits)[attention_mask].abs().max()
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())

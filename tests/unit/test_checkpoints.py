@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_checkpoints import VOCABULARY, make_reference, save_reference
+from random_checkpoints import VOCABULARY, make_reference, reference_inputs, save_reference
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
@@ -82,12 +82,7 @@ def assert_same_logits(vlm, reference):
     input_ids = torch.cat((torch.full((2, patches), vlm.config.image_token_id), text), dim=1)
     with torch.no_grad():
         actual = vlm.model(pixel_values, input_ids)
-        expected = reference(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=torch.ones_like(input_ids),
-            token_type_ids=torch.zeros_like(input_ids),
-        ).logits
+        expected = reference(**reference_inputs(pixel_values, input_ids)).logits
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from random_checkpoints import make_reference, save_reference
+from random_checkpoints import make_reference, reference_inputs, save_reference
 from transformers import PaliGemmaForConditionalGeneration
 
 import paligemma
@@ -169,12 +169,7 @@ def test_an_adapter_that_was_trained_opens_here_and_in_peft(base, tmp_path, logg
 def assert_same_logits(vlm, reference):
     input_ids = torch.tensor([vlm.processor.input_ids("answer en which paint is it?")])
     pixel_values = vlm.processor.pixel_values(Image.new("RGB", (40, 30), "red"))
-    expected = reference(
-        pixel_values=pixel_values,
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        token_type_ids=torch.zeros_like(input_ids),
-    ).logits
+    expected = reference(**reference_inputs(pixel_values, input_ids)).logits
     assert (vlm.model(pixel_values.to(vlm.dtype), input_ids) - expected).abs().max() <= 1e-4
 
 

@@ -261,6 +261,11 @@ def test_a_length_is_refused_with_the_range_of_the_page(models, upload, number):
         list(handlers.generate(models, upload("cats.png"), "caption en", number))
 
 
+def test_more_prompts_than_a_page_takes_are_refused(models, upload):
+    with pytest.raises(PaliGemmaError, match="^These are 9 prompts; please ask at most 8 at once.$"):
+        list(handlers.generate(models, upload("cats.png"), "ocr\n" * 9))
+
+
 def test_a_long_prompt_is_refused_before_it_is_split_into_tokens(models, upload):
     start = time.process_time()
     with pytest.raises(PaliGemmaError, match="^The prompt has 4000000 characters, but this page takes 4096; please "):

@@ -115,6 +115,9 @@ def test_an_answer_goes_on_from_a_rival_beside_the_other(models, record, seen, t
     expected = [*ids[:4], *(token.id for token in answer)]
     ((_, tokens, _),) = shown["view"]["branches"]
     assert tokens.ids.tolist() == expected
+    assert tokens.probabilities[:5].tolist() == pytest.approx(
+        [*handlers.EXAMPLES[0]["probabilities"][:4], rival.probability], abs=1e-5
+    )
     assert len(steps) == len(expected) - 4, "it streams"
     assert f"What if it were “{rival.text.strip()}”?" in shown["words"]
     assert (shown["view"]["line"], shown["view"]["index"]) == (1, 4)
