@@ -126,6 +126,11 @@ def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is given to `load`: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
     """What `auto` stands for: bfloat16 on a GPU; on a CPU float32 for small checkpoints and int8 for large ones.
 
@@ -139,7 +144,7 @@ def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
     if not int8_is_available():
         return torch.bfloat16
     fits = parameters * torch.bfloat16.itemsize <= total_memory(device)
-    return torch.bfloat16 if fits and multiplies_bfloat16(device) and not int8_is_faster() else torch.int8
+    return torch.bfloat16 if fits and multiplies_bfloat16() and not int8_is_faster() else torch.int8
 
 
 def smallest_dtype(device: torch.device) -> torch.dtype:
@@ -147,10 +152,8 @@ def smallest_dtype(device: torch.device) -> torch.dtype:
     return torch.int8 if device.type == "cpu" and int8_is_available() else torch.bfloat16
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions that multiply matrices of bfloat16, about twice as fast as of float32."""
-    if device.type != "cpu":
-        return device.type == "cuda"
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions that multiply matrices of bfloat16, about twice as fast as of float32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 

@@ -61,11 +61,8 @@ class Processor:
     def pixel_values(self, image: Image.Image) -> Tensor:
         """Any Pillow image to float32 [1, 3, image_size, image_size] in -1 to 1 (bicubic resize to the square)."""
         size = self.config.vision.image_size
-        return self.normalize(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
-
-    def normalize(self, image: Image.Image) -> Tensor:
-        """RGB image to float32 [1, 3, height, width], 0-255 mapped to -1 to 1, at the size it has."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        resized = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
         return ((pixels.float() / 255.0 - 0.5) / 0.5).contiguous()
 
     def input_ids(self, prompt: str, images: int = 1) -> list[int]:

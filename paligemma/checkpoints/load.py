@@ -68,7 +68,7 @@ def load(
         dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
             are kept next to the Hub's cache, so that they are made once; a checkpoint that
             `paligemma.checkpoints.quantized` wrote has them already, and `auto` takes them on such a CPU.
-        compile: compile the step that makes a token (CUDA), see `Engine.compile`.
+        compile: compile encoder, prefill and decode step (CUDA), see `CompiledModel`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
         tokenizer: a `tokenizer.json`, or a folder that holds one; None takes the one beside the checkpoint.

@@ -410,7 +410,7 @@ class Cluster:
 
     def update(self) -> None:
         """Load all checkpoints again, as they are now, one replica after another; what is being answered is finished."""
-        for name, (source, settings, remote) in self._loaded.items():
+        for name, (source, settings, remote) in list(self._loaded.items()):  # others may be loaded meanwhile
             try:
                 self._deploy(name, source, settings)
                 remote.refresh()

@@ -11,16 +11,16 @@ import math
 import os
 import tempfile
 import time
-import weakref
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 import numpy as np
 from gradio.utils import get_upload_folder
@@ -31,7 +31,7 @@ from ..config import PaliGemmaError, is_number, shorten
 from ..images import open_image
 from ..prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 from . import rendering
-from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models, Tokens
+from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models, Tokens, tokens_per_second
 
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
@@ -91,18 +91,7 @@ SETTINGS = (
 LINK_FIELDS = ("prompt", "checkpoint", *(setting.name for setting in SETTINGS))
 
 
-class _Count:
-    """A number that threads add to."""
-
-    def __init__(self) -> None:
-        self.total, self._lock = 0, Lock()
-
-    def add(self, number: int) -> None:
-        with self._lock:
-            self.total += number
-
-
-_held_pixels = _Count()
+_held: WeakValueDictionary[int, Image.Image] = WeakValueDictionary()  # images that are being asked about
 _readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
 T = TypeVar("T")
 
@@ -168,7 +157,8 @@ def read_settings(values: Sequence[object]) -> dict[str, Any]:
     settings = dict(zip((setting.name for setting in SETTINGS), values))
     seed = settings["seed"]
     if isinstance(seed, str):
-        settings["seed"] = int(seed) if seed.strip().isdecimal() else seed.strip() or None
+        is_whole = seed.strip().isdecimal() and len(seed) < 100  # Python reads none of more than 4,300 digits
+        settings["seed"] = int(seed) if is_whole else seed.strip() or None
     return settings
 
 
@@ -510,12 +500,15 @@ def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
 def _read(path: str, is_over: Event) -> Image.Image:
     """Read an image once there is place for it among those that are being asked about, which it takes while it lives."""
     end = time.monotonic() + MAX_HELD_SECONDS
-    while _held_pixels.total >= MAX_HELD_PIXELS and time.monotonic() < end and not is_over.wait(HELD_SECONDS):
+    while _held_pixels() >= MAX_HELD_PIXELS and time.monotonic() < end and not is_over.wait(HELD_SECONDS):
         pass
     image = open_image(path, MAX_PIXELS, lambda: not is_over.is_set())
-    _held_pixels.add(image.width * image.height)
-    weakref.finalize(image, _held_pixels.add, -image.width * image.height)
+    _held[id(image)] = image
     return image
+
+
+def _held_pixels() -> int:
+    return sum(image.width * image.height for held in _held.valuerefs() if (image := held()))
 
 
 def _url(path: str) -> str:
@@ -603,7 +596,7 @@ def _speed(answers: Sequence[Answer], images: int) -> str:
         return "Looking at the picture …" if images == 1 else f"Looking at {images} pictures …"
     line = f"First token after {times[0]:.2f} s"
     if len(times) > 1:
-        line += f" · {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s · {len(times)} tokens"
+        line += f" · {tokens_per_second(times):.1f} tokens/s · {len(times)} tokens"
     return line if images == 1 else f"{line} · {images} pictures, with boxes and masks on the first"
 
 

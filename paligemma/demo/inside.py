@@ -79,9 +79,8 @@ class _Look:
         self.prompt, self.tokens = self.lines[line]
         self.view["line"] = line
         if self.tokens.ids:
-            if self.view.get("index") is None:
-                self.view["index"] = self._first_word()
-            self.number("index", len(self.tokens.ids))
+            index = self.number("index", len(self.tokens.ids))
+            self.view["index"] = self._first_word() if index is None else index
 
     @property
     def vlm(self) -> VisionLanguageModel:

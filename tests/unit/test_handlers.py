@@ -23,11 +23,6 @@ BOX = "<loc0256><loc0256><loc0768><loc0768>"
 
 
 @pytest.fixture
-def models(tiny):
-    return Models([None], lambda source, **_: tiny)
-
-
-@pytest.fixture
 def upload(tmp_path, monkeypatch):
     """Put an example into the folder of uploads, as a visitor does; returns what `gr.Image` sends of it."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
@@ -181,7 +176,8 @@ def test_of_answers_from_before_a_restart_a_sentence_says_that_they_are_forgotte
 
 
 @pytest.mark.parametrize(
-    ("typed", "seed"), [(None, None), ("", None), (" ", None), ("5", 5), (" 7 ", 7), (5, 5), ("-1", "-1"), ("x", "x")]
+    ("typed", "seed"),
+    [(None, None), ("", None), (" ", None), ("5", 5), (" 7 ", 7), (5, 5), ("-1", "-1"), ("x", "x"), ("1" * 5000,) * 2],
 )
 def test_a_seed_is_read_as_it_is_typed(typed, seed):
     assert handlers.read_settings((64, 0, 0, 1, typed))["seed"] == seed
@@ -265,6 +261,11 @@ def test_a_length_is_refused_with_the_range_of_the_page(models, upload, number):
         list(handlers.generate(models, upload("cats.png"), "caption en", number))
 
 
+def test_more_prompts_than_a_page_takes_are_refused(models, upload):
+    with pytest.raises(PaliGemmaError, match="^These are 9 prompts; please ask at most 8 at once.$"):
+        list(handlers.generate(models, upload("cats.png"), "ocr\n" * 9))
+
+
 def test_a_long_prompt_is_refused_before_it_is_split_into_tokens(models, upload):
     start = time.process_time()
     with pytest.raises(PaliGemmaError, match="^The prompt has 4000000 characters, but this page takes 4096; please "):
@@ -302,7 +303,9 @@ def test_large_images_are_read_when_others_are_done_with(upload, monkeypatch):
     (opened, _), second = handlers.result(handlers.open_upload(image, None)), handlers.open_upload(image, "meanwhile")
     assert [next(second) for _ in range(50)] == ["meanwhile"] * 50
     del opened
+    start = time.monotonic()
     assert handlers.result(second)[0].size == Image.open(image["path"]).size
+    assert time.monotonic() - start < handlers.MAX_HELD_SECONDS / 2
 
 
 def test_a_folder_is_no_image(models, upload, tmp_path):
