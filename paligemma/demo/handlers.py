@@ -495,6 +495,7 @@ def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
     _check_upload(path)
     is_over = Event()
     reading: Future[Image.Image] = _readers.submit(_read, path, is_over)
+    reading.add_done_callback(_give_back_later)
     try:
         while wait([reading], STATUS_SECONDS).not_done:
             yield meanwhile
@@ -502,6 +503,13 @@ def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
     finally:
         is_over.set()
         reading.cancel()
+
+
+def _give_back_later(_: Future[Image.Image]) -> None:
+    """Give back what an image took also where no answer follows, whose end does so too."""
+    from ..hardware import give_back_freed_memory_later  # brings torch
+
+    give_back_freed_memory_later()
 
 
 def _read(path: str, is_over: Event) -> Image.Image:

@@ -126,6 +126,7 @@ async def cancel_large(client: httpx.AsyncClient, page: str, process: psutil.Pro
     """Ask so many times about an image of 60 megapixels, and cancel at once."""
     path = await upload(client, page, Image.new("RGB", (SIDE, SIDE), "navy"), progressive=True)
     config = (await client.get(f"{page.removesuffix('/gradio_api')}/config")).json()
+    memory = process.memory_info().rss
     number = next(one["id"] for one in config["dependencies"] if one["api_name"] == "generate")
     for _ in range(count):
         session = uuid.uuid4().hex
@@ -136,9 +137,11 @@ async def cancel_large(client: httpx.AsyncClient, page: str, process: psutil.Pro
     await asyncio.sleep(SOON)
     before = sum(process.cpu_times()[:2])
     await asyncio.sleep(SOON)
+    seconds = sum(process.cpu_times()[:2]) - before
+    await asyncio.sleep(MINUTE - 2 * SOON)
     print(
-        f"{count} cancelled: {sum(process.cpu_times()[:2]) - before:.1f} s of CPU from the {SOON}th to the {2 * SOON}th second,"
-        f" memory {process.memory_info().rss / 1e6:.0f} MB",
+        f"{count} cancelled: {seconds:.1f} s of CPU from the {SOON}th to the {2 * SOON}th second; memory {memory / 1e6:.0f} MB"
+        f" before, {process.memory_info().rss / 1e6:.0f} MB {MINUTE} s later",
         flush=True,
     )
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest.mock import ANY
 
 import httpx
@@ -23,7 +24,7 @@ from PIL import Image
 
 import app
 from paligemma.annotations import find_detections
-from paligemma.demo import streaming
+from paligemma.demo import hosting, streaming
 from paligemma.demo.blocks import Page
 from paligemma.demo.streaming import MAX_UNREAD
 from paligemma.sequence import MAX_AHEAD
@@ -224,6 +225,25 @@ def test_an_answer_that_nobody_reads_for_long_is_given_up(serve, watched, monkey
     assert "please ask again" in stream
 
 
+def test_images_are_gone_after_the_kept_time_also_when_a_folder_was_named_as_an_image(
+    serve, tiny, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(hosting, "CLEAN_UP_SECONDS", 0.1)
+    with hosting.own_upload_folder() as folder:
+        address = serve(tiny)
+        (page,) = [one for one in gc.get_objects() if isinstance(one, Page) and one.local_url == address]
+        examples = page.own_files()
+        Image.new("RGB", (448, 448), "navy").save(tmp_path / "navy.png")
+        path, meta = uploaded_path(address, tmp_path / "navy.png"), {"meta": {"_type": "gradio.FileData"}}
+        assert Path(path).is_relative_to(folder)
+        for named in ({"path": str(Path(path).parent)}, {"path": str(Path(path).parent)} | meta):
+            assert re.match(".* is a folder|This call failed", error_of_call(address, [named, "caption en"]))
+        assert end_of_call(address, [{"path": path} | meta, "caption en"])[0] == "event: complete"
+        with hosting.cleaned_up(folder, 1, examples):
+            wait_until(lambda: not Path(path).exists(), seconds=20)
+        assert all(Path(one).exists() for one in examples)
+
+
 def test_a_call_that_is_too_long_gets_one_sentence(page_address):
     sentence = "This request is longer than 128 kB; please upload files, shorten texts."
     data = json.dumps({"data": [{"path": "x"}, "a" * 200_000, 8, 0, 0, 1, None]}).encode()
@@ -315,9 +335,9 @@ def test_a_call_without_an_uploaded_image_or_with_too_few_values_gets_one_senten
     assert re.match(sentence, error_of_call(page_address, data))
 
 
-def uploaded_path(address):
-    """Upload the picture by plain HTTP, as any program may; returns the server's path of it."""
-    answer = httpx.post(f"{address}gradio_api/upload", files={"files": PICTURE.open("rb")})
+def uploaded_path(address, picture=PICTURE):
+    """Upload a picture by plain HTTP, as any program may; returns the server's path of it."""
+    answer = httpx.post(f"{address}gradio_api/upload", files={"files": picture.open("rb")})
     return answer.json()[0]
 
 

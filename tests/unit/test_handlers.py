@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, wait_until
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from paligemma import PaliGemmaError
+from paligemma import PaliGemmaError, hardware
 from paligemma.demo import handlers
 from paligemma.demo.layout import example_files
 from paligemma.demo.serving import EMBEDDED, Models
@@ -296,6 +298,19 @@ def test_of_images_that_nobody_waits_for_few_are_being_read_and_soon_none(models
     assert handlers._readers.submit(lambda: True).result(timeout=20)
     time.sleep(1)
     assert time.process_time() - start < 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is another one")
+def test_what_an_image_took_is_given_back_though_no_answer_follows(models, upload, monkeypatch):
+    monkeypatch.setattr(hardware, "IDLE_SECONDS", 0.2)
+    hardware.keep_freed_memory()
+    image, process = upload("cats.png"), psutil.Process()
+    Image.new("RGB", (6000, 6000)).save(image["path"])
+    before = process.memory_info().rss
+    opened, _ = handlers.result(handlers.open_upload(image, None))
+    assert process.memory_info().rss > before + 80e6
+    del opened
+    wait_until(lambda: process.memory_info().rss < before + 20e6, seconds=10)
 
 
 def test_large_images_are_read_when_others_are_done_with(upload, monkeypatch):
