@@ -26,7 +26,7 @@ from starlette.middleware import Middleware
 
 import paligemma
 from paligemma.demo import handlers, hosting, inside, layout, monitoring, rendering
-from paligemma.demo.blocks import BodyLimit, Page
+from paligemma.demo.blocks import BodyLimit, LastResort, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.options import parse_arguments
 from paligemma.demo.scripts import CHANGE_PICTURE, COPY_TEXT, DOWNLOAD, LISTEN, MAKE_LINK
@@ -57,6 +57,7 @@ LAUNCH_SETTINGS: dict[str, Any] = {
     "ssr_mode": False,
     "app_kwargs": {
         "middleware": [
+            Middleware(LastResort),
             Middleware(BodyLimit, length=MAX_BODY_LENGTH),
             Middleware(hosting.UploadLimit, length=MAX_UPLOADS_PER_HOUR),
         ],
@@ -248,8 +249,8 @@ def _look_inside_when_asked(models: Models, ui: SimpleNamespace, on_page: Callab
         **LOOKING,
     )
     if not IS_ZERO_GPU:  # each look would ask for a GPU
-        ui.words.select(peek, [ui.record, ui.view], ui.rivals, trigger_mode="multiple", **AT_ONCE)
-    ui.section.input(redraw, [ui.record, ui.view], ui.distribution, trigger_mode="multiple", **AT_ONCE)
+        ui.words.select(peek, [ui.record, ui.view], ui.rivals, **LOOKING)
+    ui.section.input(redraw, [ui.record, ui.view], ui.distribution, **LOOKING)
 
 
 def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: list[Component]) -> None:

@@ -423,8 +423,10 @@ def inspect(
 
 def _find_objects(models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]) -> Iterator[_Found]:
     """Yield the objects so far, when there are more, then the image with all drawn on it; see `rendering.to_json`."""
-    if not isinstance(kinds, str):
-        raise PaliGemmaError(f"objects is {shorten(kinds)}; please give a text such as “cat” or “cat ; dog”.")
+    if not isinstance(kinds, str) or len(kinds.splitlines()) > 1:  # each line would be a prompt
+        raise PaliGemmaError(
+            f"objects is {shorten(kinds)}; please give a text of one line, such as “cat” or “cat ; dog”."
+        )
     opened, _ = yield from open_upload(image, meanwhile=(None, []))
     settings = {"max_new_tokens": MAX_NEW_TOKENS}
     known: list[rendering.MarkedObject] = []
@@ -541,7 +543,8 @@ def _answer(
     models: Models, checkpoint: str, images: list[Image.Image], prompt: str, settings: dict[str, Any]
 ) -> Iterator[tuple[str, list[Answer], list[rendering.MarkedObject]]]:
     """Yield how far the loading is, then the answers so far and their objects, which are a new list when they change."""
-    prompts = [line for line in map(str.strip, str(prompt or "").splitlines()) if line] or [prompt]
+    lines = prompt.splitlines() if isinstance(prompt, str) else []
+    prompts = [line for line in map(str.strip, lines) if line] or [prompt]
     with models.use(checkpoint), models.observed(checkpoint, prompts) as begun:
         for status in models.wait(checkpoint):
             yield status, [], []
@@ -571,11 +574,7 @@ def check_limits(vlm: VisionLanguageModel, images: int, prompts: Sequence[str], 
             raise PaliGemmaError(
                 f"The prompt has {len(prompt)} characters, but this page takes {MAX_PROMPT_CHARACTERS}; please shorten it."
             )
-        tokens = len(vlm.processor.input_ids(prompt, images)) - images * vlm.config.vision.num_patches
-        if tokens > MAX_PROMPT_TOKENS:
-            raise PaliGemmaError(
-                f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
-            )
+        vlm.processor.input_ids(prompt, images, MAX_PROMPT_TOKENS)
 
 
 def _detections(answers: Sequence[Answer]) -> list[Detection]:

@@ -254,6 +254,26 @@ def test_a_call_that_is_too_long_gets_one_sentence(page_address):
         assert (answer.status_code, answer.json()["detail"]) == (413, sentence)
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "status"),
+    [
+        ("queue/join", {"data": [], "fn_index": 9999, "session_hash": "x"}, 500),
+        ("call/nothing", {"data": []}, 500),
+        ("run/predict", {"data": [], "fn_index": 9999}, 500),
+        ("run/caption", {"data": [{"path": "x"}, "en"]}, 404),  # which would go past the queue
+    ],
+)
+def test_a_request_for_what_there_is_not_gets_a_sentence_and_leaves_no_traceback(
+    page_address, caplog, route, body, status
+):
+    answer = httpx.post(f"{page_address}gradio_api/{route}", json=body)
+    assert answer.status_code == status
+    assert re.match(
+        "This call failed; please call as|This API endpoint does not accept direct", answer.json()["detail"]
+    )
+    assert all(record.exc_info is None for record in caplog.records)
+
+
 def test_of_a_program_s_call_nothing_stays_on_the_server(serve, tiny):
     address = serve(tiny)
     (page,) = [one for one in gc.get_objects() if isinstance(one, Page) and one.local_url == address]
@@ -289,7 +309,7 @@ def files(tmp_path_factory):
         ),
         ("good", "", "The prompt is empty; please ask something, for example: caption en"),
         ("good", "cat " * 25_000, "The prompt has 99999 characters, but this page takes 4096; please shorten it."),
-        ("good", "cat " * 600, "The prompt has 60.* tokens, but this page takes 512; please shorten it."),
+        ("good", "cat " * 600, "The prompt has 60.* tokens, but 512 fit; please shorten it."),
         ("good", "detect <image>", "The prompt contains the reserved token <image>; please remove it."),
     ],
 )

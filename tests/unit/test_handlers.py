@@ -277,10 +277,22 @@ def test_a_long_prompt_is_refused_before_it_is_split_into_tokens(models, upload)
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("objects", [None, 5, ["cat"]])
+@pytest.mark.parametrize("prompt", ["cat " * 600, "cat " * 1000])
+def test_a_prompt_of_many_tokens_is_refused_with_the_range_of_the_page(models, upload, prompt):
+    with pytest.raises(PaliGemmaError, match=r"^The prompt has \d+ tokens, but 512 fit; please shorten it.$"):
+        list(handlers.generate(models, upload("cats.png"), prompt))
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["caption en"], {"a": 1}])
+def test_a_prompt_must_be_a_text(models, upload, prompt):
+    with pytest.raises(PaliGemmaError, match="^The prompt is of type .*; please give text.$"):
+        list(handlers.generate(models, upload("cats.png"), prompt))
+
+
+@pytest.mark.parametrize("objects", [None, 5, ["cat"], "cat\ncaption en"])
 def test_what_to_find_must_be_a_text(models, objects):
     for endpoint in (handlers.detect, handlers.segment):
-        with pytest.raises(PaliGemmaError, match="^objects is .*; please give a text"):
+        with pytest.raises(PaliGemmaError, match=r"^objects is [\s\S]*; please give a text of one line"):
             next(endpoint(models, {"path": "x"}, objects))
 
 
