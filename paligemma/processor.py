@@ -65,10 +65,13 @@ class Processor:
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
         return ((pixels.float() / 255.0 - 0.5) / 0.5).contiguous()
 
-    def input_ids(self, prompt: str, images: int = 1) -> list[int]:
+    def input_ids(self, prompt: str, images: int = 1, longest: int | None = None) -> list[int]:
         """The placeholders of all images, `<bos>`, the prompt and a line end, as the checkpoints were trained.
 
         An `<image>` for each at the prompt's start, as model cards write it, stands for placeholders and is left out.
+
+        Args:
+            longest: how many tokens the prompt may have, with `<bos>` and line end, where that is less than fits.
 
         Raises:
             PaliGemmaError: there is no image, or the images fill the context; or the prompt is empty, holds a token that
@@ -83,6 +86,7 @@ class Processor:
         if images > 1 and capacity < 3:  # `<bos>`, a token, a line end
             fitting = max(1, (context - 4) // patches)
             raise PaliGemmaError(f"There are {images} pictures, but {fitting} fit; please give fewer.")
+        capacity = min(capacity, capacity if longest is None else longest)
         if len(prompt) > capacity * self._longest_token:  # before all work that takes time in proportion to it
             fitting = capacity * self._longest_token
             raise PaliGemmaError(f"The prompt has {len(prompt)} characters, but {fitting} fit; please shorten it.")

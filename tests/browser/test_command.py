@@ -360,6 +360,15 @@ def test_an_interruption_ends_without_a_traceback():
         assert "Traceback" not in process.stdout.read()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_modules_are_imported_ends_at_once_and_without_a_word(number):
+    process = run_app()
+    wait_until(lambda: any("numpy" in one.path for one in psutil.Process(process.pid).memory_maps()))
+    process.send_signal(number)
+    assert process.communicate(timeout=10)[0] == ""
+    assert process.returncode == -number, "of which a shell makes 130 and 143"
+
+
 def test_a_checkpoint_that_is_not_there_ends_with_one_sentence():
     for process in (run_app("--model", "/no/such/folder"), run_app(PALIGEMMA_MODEL="/no/such/folder")):
         output, _ = process.communicate(timeout=120)

@@ -224,6 +224,6 @@ def test_answers_that_cannot_be_looked_into_get_one_sentence(models, record, tin
         PaliGemmaError, match="is of a checkpoint that this page does not offer; please press Run first"
     ):
         list(inside.toggle(others, record, {}))
-    *_, last = handlers.run(models, {"path": record["path"]}, None, "detect cat", EMBEDDED, [], 64, 0, 0, 1, "")
-    assert not last["record"]["tokens"][0].ids
+    *_, last = handlers.run(models, {"path": record["path"]}, None, "detect cat", EMBEDDED, 64, 0, 0, 1, "")
+    assert not last["record"]["tokens"][0]["ids"]
     assert "This answer is empty" in opened(models, last["record"])["section"]
