@@ -161,7 +161,7 @@ class Inspection:
             PaliGemmaError: a setting is out of its range, see `Sampler`.
         """
         ids = [candidate.id for candidate in self.candidates[:count]]
-        logs = Sampler(temperature, top_k, top_p).log_probabilities(torch.from_numpy(self.logits)[None])[0, ids]
+        logs = Sampler(temperature, top_k, top_p).log_probabilities(torch.tensor(self.logits)[None])[0, ids]
         return tuple(
             replace(candidate, probability=math.exp(log), is_cut_off=log == -math.inf)
             for candidate, log in zip(self.candidates, logs.tolist())
