@@ -364,7 +364,7 @@ def test_answers_stay_in_the_browser_when_the_page_is_loaded_anew_and_the_server
 
 def test_of_what_was_put_into_the_browsers_storage_nothing_is_run_fetched_or_opened(open_page, page_address):
     markup = "<img src=x onerror='document.title=1'>"
-    kept = {"path": "/etc/passwd", "more": [], "size": [448, 448], "checkpoint": "embedded", "tokens": []}
+    kept = {"path": f"/etc/{markup}", "more": [], "size": [448, 448], "checkpoint": "embedded", "tokens": []}
     kept |= {"answers": [[markup, markup]], "picture": "https://other.example/x.png"}
     entries = [
         kept,
