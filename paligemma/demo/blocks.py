@@ -227,26 +227,31 @@ def client_address(request: fastapi.Request) -> str:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses requests with a longer body than a call needs; uploads have a limit of their own."""
+    """ASGI middleware that refuses requests with a longer body than a call needs; uploads have a limit of their own.
 
-    def __init__(self, app: ASGIApp, length: int):
-        self._app, self._length = app, length
+    Args:
+        length: of a call in bytes.
+        agents_length: of one over MCP, which may hold images.
+    """
+
+    def __init__(self, app: ASGIApp, length: int, agents_length: int):
+        self._app, self._length, self._agents_length = app, length, agents_length
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
+        received, length = 0, self._agents_length if "/mcp/" in scope.get("path", "") else self._length
 
         async def receive_some() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._length:
+            if received > length:
                 raise HTTPException(
-                    413, f"This request is longer than {self._length // 1000} kB; please upload files, shorten texts."
+                    413, f"This request is longer than {length // 1000} kB; please upload files, shorten texts."
                 )
             return message
 
-        has_files = scope["type"] != "http" or scope["path"].endswith("/upload") or "/mcp/" in scope["path"]
-        await self._app(scope, receive if has_files else receive_some, send)
+        is_upload = scope["type"] != "http" or scope["path"].endswith("/upload")
+        await self._app(scope, receive if is_upload else receive_some, send)
 
 
 class LastResort:

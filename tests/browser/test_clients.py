@@ -429,6 +429,7 @@ def test_an_agent_finds_the_tools_and_calls_one(serve, tiny):
             return tools, result, await session.call_tool("caption", {"image": "http://127.0.0.1:9/x.png"})
 
     tools, result, refused = run_async(call())
+    assert httpx.post(f"{address}gradio_api/mcp/", content=bytes(33_000_000)).status_code == 413
     by_name = {tool.name.removeprefix("app_"): tool for tool in tools}
     assert set(by_name) == {"generate", "inspect", "caption", "detect", "segment"}
     assert "boxes" in by_name["detect"].description
