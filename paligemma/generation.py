@@ -219,7 +219,7 @@ class VisionLanguageModel:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the weights: int8, or that of the activations."""
+        """The dtype of the weights: int8, int4, or that of the activations."""
         return self.model.weight_dtype
 
     def stream(

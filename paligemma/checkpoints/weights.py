@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..hardware import lack_of_memory
 from ..model import PaliGemma
-from ..quantization import dequantize
+from ..quantization import dequantize, int4
 from .big_vision import BigVisionFile
 from .formats import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, foreign_tensors
 
@@ -153,6 +153,15 @@ def resolve_output_layer(config: PaliGemmaConfig, tensors: Tensors) -> tuple[Pal
 def linear_weights(model: PaliGemma) -> set[str]:
     """The names of the weights that int8 layers can hold: of linear layers, and the token embedding."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {EMBEDDING}
+
+
+def int4_weights(model: PaliGemma) -> list[str]:
+    """The names of those among them that int4 layers hold: of the decoder, in shapes that their kernel takes."""
+    return [
+        name
+        for name in sorted(linear_weights(model))
+        if name.startswith("language_model.layers.") and int4.fits(*model.get_parameter(name).shape)
+    ]
 
 
 def scale_name(name: str) -> str:

@@ -112,11 +112,15 @@ class Int8Embedding(nn.Module):
 
     Args:
         rounded, scale: what `quantize` returns; the rows of tokens are looked up here.
-        output: the same, packed; None if the output layer is another.
+        output: the same as a layer; None if the output layer is another.
+        weight_dtype: of the model's linear layers.
     """
 
-    def __init__(self, rounded: Tensor, scale: Tensor, output: Int8Linear | None):
+    def __init__(
+        self, rounded: Tensor, scale: Tensor, output: nn.Module | None, weight_dtype: torch.dtype = torch.int8
+    ):
         super().__init__()
+        self.weight_dtype = weight_dtype
         self.weight = nn.Parameter(rounded, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.output = output

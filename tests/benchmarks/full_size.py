@@ -82,6 +82,7 @@ GB = 1e9
 # Of what is measured, and in which order within a round.
 CONTENDERS = [
     ("paligemma", "int8"),
+    ("paligemma", "int4"),
     ("paligemma", "float32"),
     ("transformers", "float32"),
     ("paligemma", "bfloat16"),
