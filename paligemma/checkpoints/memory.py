@@ -8,7 +8,7 @@ from torch import nn
 from ..config import PaliGemmaError
 from ..hardware import smallest_dtype
 from ..model import PaliGemma
-from ..quantization import INT4, INT4_BYTES
+from ..quantization import INT4, int4
 from .weights import EMBEDDING, int4_weights
 
 # What is there besides the tensors: Python, torch and its libraries, the page; on a GPU the context of CUDA.
@@ -23,7 +23,7 @@ def weight_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
     """Bytes of the parameters of a model, which may be on `meta`, in this dtype.
 
     In int8 the matrices of linear layers and the token embedding take one byte a number and four for the scale of each
-    row; all other parameters are float32. In int4 the matrices of the decoder's layers are in memory in both forms.
+    row; all other parameters are float32. Of int4 the matrices of `int4_weights` are in memory in both forms.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     if dtype not in (torch.int8, INT4):
@@ -31,8 +31,8 @@ def weight_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     matrices.append(model.get_parameter(EMBEDDING))
     rounded, rows = sum(matrix.numel() for matrix in matrices), sum(len(matrix) for matrix in matrices)
-    int4 = int4_weights(model) if dtype == INT4 else []
-    packed = int(INT4_BYTES * sum(model.get_parameter(name).numel() for name in int4))
+    groups = int4_weights(model) if dtype == INT4 else {}
+    packed = sum(int4.bytes_of(model.get_parameter(name).numel(), group) for name, group in groups.items())
     return rounded + 4 * (rows + total - rounded) + packed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,9 @@ from .formats import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, foreign_tenso
 EMBEDDING = "language_model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 COMPUTED_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")  # tables in older files, which the model computes
+# Of the weights that int4 layers hold, and how many of their channels have a scale in common.
+IN_MLP = re.compile(r"language_model\.layers\.\d+\.mlp\..*")
+MLP_GROUP, OUTPUT_GROUP = 64, 32
 UNUSED_PREFIX = "vision_tower.head."  # a pooling head that SigLIP has and PaliGemma does not use
 # How safetensors names what torch calls otherwise.
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -155,13 +159,16 @@ def linear_weights(model: PaliGemma) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {EMBEDDING}
 
 
-def int4_weights(model: PaliGemma) -> list[str]:
-    """The names of those among them that int4 layers hold: of the decoder, in shapes that their kernel takes."""
-    return [
-        name
-        for name in sorted(linear_weights(model))
-        if name.startswith("language_model.layers.") and int4.fits(*model.get_parameter(name).shape)
-    ]
+def int4_weights(model: PaliGemma) -> dict[str, int]:
+    """Those among them that int4 layers hold, each with the size of its groups: most of what a decode step reads.
+
+    They are the decoder's MLPs and the output layer, where the kernel takes their shapes. Those of attention stay in int8:
+    they are a twelfth of the weights of a 3B decoder, and would cost as much accuracy as the MLPs.
+    """
+    output = EMBEDDING if model.lm_head is None else OUTPUT
+    mlps = {name: MLP_GROUP for name in sorted(linear_weights(model)) if IN_MLP.fullmatch(name)}
+    groups = {output: OUTPUT_GROUP, **mlps}
+    return {name: group for name, group in groups.items() if int4.fits(model.get_parameter(name), group)}
 
 
 def scale_name(name: str) -> str:

@@ -23,14 +23,13 @@ Residuals of all rows would be more exact, but a prefill would take twice as lon
 thousand Gaussian weights already is where 255 levels are used best.
 """
 
-from .int4 import INT4, INT4_BYTES, Int4Linear, quantize_int4
+from .int4 import INT4, Int4Linear, quantize_int4
 from .layers import InputMemo, Int8Embedding, Int8Linear
 from .packing import is_available, pack, packing
 from .rounding import dequantize, quantize
 
 __all__ = [
     "INT4",
-    "INT4_BYTES",
     "InputMemo",
     "Int4Linear",
     "Int8Embedding",

@@ -1,8 +1,8 @@
-"""int4 linear layers for x86 CPUs, for decode steps of few rows: weights in groups of 32 with a scale and an offset each.
+"""int4 linear layers for x86 CPUs, for decode steps of few rows: groups of weights with a scale and an offset each.
 
-A decode step takes as long as it takes to read the weights, and these are five eighths as many bytes as in int8: 32 codes of
-four bits, and a scale and an offset in bfloat16. From four rows on torch's kernel is slower than that of int8, and in a
-prefill several times as slow. So an int8 layer does those, and both forms of the weights are in memory.
+A decode step takes as long as it takes to read the weights, and these are five eighths as many bytes as in int8, in groups of
+32: the codes of four bits, and a scale and an offset in bfloat16. From four rows on torch's kernel is slower than that of int8,
+and in a prefill several times as slow. So an int8 layer does those, and both forms of the weights are in memory.
 
 The weights are rotated as for int8, the rows are as well, and are bfloat16 then, and so is the product.
 """
@@ -16,14 +16,12 @@ from .layers import Int8Linear
 from .rounding import NUMBERS_AT_ONCE, TINY, rotate
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
-GROUP = 32  # channels
-INT4_BYTES = 1 / 2 + 4 / GROUP  # that a weight takes: a code, and its part of a scale and an offset in bfloat16
 MOST_ROWS = 3  # that int4 multiplies as fast as int8, or faster
 BLOCK = 64  # output channels that the kernel packs together, or half as many
 LOWEST, HIGHEST = -8.0, 7.0  # codes
 # Where a search for scale and offset starts: which part of a group's least and largest weight the codes span. To cut off one
-# or the other end leaves finer steps for the rest. Three rounds from each of three starts lose 0.0707 of Gaussian weights,
-# the root of the mean square; one start alone 0.0730, no search 0.0785; 49 starts 0.0691.
+# or the other end leaves finer steps for the rest. Three rounds from each of three starts lose 0.0707 of Gaussian weights
+# in groups of 32, the root of the mean square; one start alone 0.0730, no search 0.0785; 49 starts 0.0691.
 STARTS = ((1.0, 1.0), (1.0, 0.87), (0.87, 1.0))
 ROUNDS = 3
 
@@ -38,28 +36,35 @@ def layout() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def fits(outputs: int, channels: int) -> bool:
-    """Whether the kernel takes a weight [outputs, channels], also if others of the same width are appended to it."""
-    return outputs % BLOCK == 0 and channels % GROUP == 0
+def fits(weight: Tensor, group: int) -> bool:
+    """Whether the kernel takes a weight [out, in] in such groups, also if others of the same width are appended to it."""
+    outputs, channels = weight.shape
+    return outputs % BLOCK == 0 and channels % group == 0
 
 
-def quantize_int4(rounded: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def bytes_of(numbers: int, group: int) -> int:
+    """Bytes of so many weights: the codes, and the scale and the offset of each group."""
+    return numbers // 2 + 4 * numbers // group
+
+
+def quantize_int4(rounded: Tensor, scale: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Round an int8 weight on to four bits: that takes no second rotation, and adds a hundredth to the error.
 
     Args:
         rounded, scale: what `quantize` returns, int8 [out, in] and float32 [out], of a shape that `fits`.
+        group: channels that have a scale and an offset in common; 32, 64, 128 or 256.
 
     Returns:
-        uint8 [out, in / 2], packed for the kernel of this CPU, and bfloat16 [in / 32, out, 2], scale and offset of each
+        uint8 [out, in / 2], packed for the kernel of this CPU, and bfloat16 [in / group, out, 2], scale and offset of each
         group: a weight is code * scale + offset, with codes from -8 to 7.
     """
     outputs, channels = rounded.shape
     packed = torch.empty(outputs, channels // 2, dtype=torch.uint8)
-    steps = torch.empty(channels // GROUP, outputs, 2, dtype=torch.bfloat16)
+    steps = torch.empty(channels // group, outputs, 2, dtype=torch.bfloat16)
     count = max(1, NUMBERS_AT_ONCE // channels // BLOCK) * BLOCK
     for start in range(0, outputs, count):
         rows = slice(start, start + count)
-        groups = (rounded[rows] * scale[rows, None]).view(-1, channels // GROUP, GROUP)
+        groups = (rounded[rows] * scale[rows, None]).view(-1, channels // group, group)
         step, offset = _fit(groups)
         steps[:, rows, 0], steps[:, rows, 1] = step[..., 0].T, offset[..., 0].T
         codes = _codes(groups, step, offset).sub_(LOWEST).to(torch.int32)
@@ -68,7 +73,7 @@ def quantize_int4(rounded: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset [..., 1] of groups of float32 weights [..., GROUP], as bfloat16 rounds them.
+    """Scale and offset [..., 1] of groups of float32 weights [..., group], as bfloat16 rounds them.
 
     Least squares for given codes and the nearest codes for given scale and offset, in turn; the best of several starts.
     """
@@ -113,6 +118,7 @@ class Int4Linear(nn.Module):
         self.int8 = int8
         self.packed = packed
         self.steps = steps
+        self.group = 2 * packed.shape[1] // len(steps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.numel() // hidden_states.shape[-1]
@@ -122,7 +128,7 @@ class Int4Linear(nn.Module):
         """As `forward`, in int4 however many rows there are."""
         rows = rotate(hidden_states.reshape(-1, hidden_states.shape[-1])).bfloat16()
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        output = multiply(rows, self.packed, GROUP, self.steps).float()
+        output = multiply(rows, self.packed, self.group, self.steps).float()
         if self.int8.bias is not None:
             output += self.int8.bias
         return output.view(*hidden_states.shape[:-1], -1)

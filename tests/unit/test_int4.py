@@ -15,8 +15,9 @@ import paligemma
 from paligemma.checkpoints.quantized import store
 from paligemma.checkpoints.quantized.checkpoint import write_int8_checkpoint
 from paligemma.checkpoints.weights import int4_weights
+from paligemma.demo.serving import EMBEDDED, Models
 from paligemma.quantization import INT4, Int4Linear, Int8Linear, pack, packing, quantize, quantize_int4
-from paligemma.quantization.int4 import GROUP, MOST_ROWS
+from paligemma.quantization.int4 import MOST_ROWS
 from paligemma.quantization.rounding import rotate, unrotate
 
 pytestmark = pytest.mark.skipif(not paligemma.quantization.int4.is_available(), reason="needs AVX2")
@@ -49,18 +50,18 @@ def relative_error(output, exact):
 
 def stands_for(rounded, scale, steps):
     """The rotated weight, float32 [out, in], of the codes nearest to an int8 one."""
-    groups = (rounded * scale[:, None]).unflatten(1, (-1, GROUP))
+    groups = (rounded * scale[:, None]).unflatten(1, (len(steps), -1))
     step, offset = (steps[:, :, kind].float().T[..., None] for kind in (0, 1))
     return (((groups - offset) / step).round().clamp(-8, 7) * step + offset).flatten(1)
 
 
 @cache
-def layer_of(outputs, channels, seed=0):
+def layer_of(outputs, channels, group=32, seed=0):
     """A Gaussian weight, the layer of it, and the rotated weight that its int4 codes stand for."""
     torch.manual_seed(seed)
     weight = torch.randn(outputs, channels) * 0.02
     rounded, scale = quantize(weight)
-    packed, steps = quantize_int4(rounded, scale)
+    packed, steps = quantize_int4(rounded, scale, group)
     return weight, Int4Linear(Int8Linear(pack(rounded, scale)), packed, steps), stands_for(rounded, scale, steps)
 
 
@@ -68,25 +69,27 @@ def layer_of(outputs, channels, seed=0):
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("group", "bound"), [(32, 0.095), (64, 0.105)])
 @pytest.mark.parametrize(("channels", "outputs"), SHAPES)
-def test_few_rows_are_multiplied_by_what_the_codes_stand_for(channels, outputs, count):
-    weight, layer, in_int4 = layer_of(outputs, channels)
+def test_few_rows_are_multiplied_by_what_the_codes_stand_for(channels, outputs, group, bound, count):
+    weight, layer, in_int4 = layer_of(outputs, channels, group)
     torch.manual_seed(1)
     rows = torch.randn(count, channels)
     rows[0, channels // 2] = 1000.0
     output = layer(rows[:, None])[:, 0]
     assert relative_error(output, rotate(rows) @ in_int4.T) <= 0.005
-    assert relative_error(output, rows @ weight.T) <= 0.095
+    assert relative_error(output, rows @ weight.T) <= bound
 
 
+@pytest.mark.parametrize(("group", "bound"), [(32, 0.0725), (64, 0.085)])
 @pytest.mark.parametrize(("channels", "outputs"), SHAPES)
-def test_the_search_loses_less_than_the_whole_range_of_each_group(channels, outputs):
-    weight, _, in_int4 = layer_of(outputs, channels)
-    groups = rotate(weight).unflatten(1, (-1, GROUP))
+def test_the_search_loses_less_than_the_whole_range_of_each_group(channels, outputs, group, bound):
+    weight, _, in_int4 = layer_of(outputs, channels, group)
+    groups = rotate(weight).unflatten(1, (-1, group))
     least, largest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = (largest - least) / 15
     whole_range = ((groups - least) / step).round() * step + least
-    assert relative_error(in_int4, rotate(weight)) <= 0.0725
+    assert relative_error(in_int4, rotate(weight)) <= bound
     assert relative_error(in_int4, rotate(weight)) < 0.93 * relative_error(whole_range, groups)
 
 
@@ -107,7 +110,7 @@ def test_bias_comes_through_and_zeros_give_zeros():
     bias = torch.randn(64)
     for weight in (torch.randn(64, 128), torch.zeros(64, 128)):
         rounded, scale = quantize(weight)
-        layer = Int4Linear(Int8Linear(pack(rounded, scale), bias), *quantize_int4(rounded, scale))
+        layer = Int4Linear(Int8Linear(pack(rounded, scale), bias), *quantize_int4(rounded, scale, 32))
         assert torch.equal(layer(torch.zeros(1, 2, 128)), bias.expand(1, 2, 64))
     torch.testing.assert_close(layer(torch.randn(1, 128)), bias[None], rtol=0, atol=1e-20)
 
@@ -116,7 +119,7 @@ def test_a_group_of_one_value_or_with_an_outlier_is_kept():
     rotated = torch.full((64, 64), 0.5)
     rotated[:, 40] = 8.0
     rounded, scale = quantize(unrotate(rotated))
-    packed, steps = quantize_int4(rounded, scale)
+    packed, steps = quantize_int4(rounded, scale, 32)
     output = Int4Linear(Int8Linear(pack(rounded, scale)), packed, steps)(unrotate(torch.eye(64)[[3, 40, 50]]))
     torch.testing.assert_close(output, torch.tensor([[0.5], [8.0], [0.5]]).expand(3, 64), rtol=0.02, atol=0)
 
@@ -152,7 +155,7 @@ def test_few_positions_give_what_float32_gives_with_the_same_weights(tmp_path, k
     assert ours.dtype == torch.float32
     names = int4_layers(ours)
     assert names == {name.removesuffix(".weight") for name in int4_weights(exact.model)}
-    assert len(names) >= 12
+    assert len(names) == 9, "those of the MLPs; the output layer has 2401 rows, which the kernel does not take"
     before = decoded(exact)
     for name, module in exact.model.named_modules():
         if name in names:
@@ -162,9 +165,23 @@ def test_few_positions_give_what_float32_gives_with_the_same_weights(tmp_path, k
     assert relative_error(decoded(ours), decoded(exact)) < 0.2 * relative_error(before, decoded(exact))
 
 
-def test_answers_of_the_embedded_checkpoint_are_right(kept):
+def test_the_output_layer_is_in_int4_where_its_kernel_takes_it(tmp_path, kept):
+    reference = make_reference(std=0.2)
+    reference.resize_token_embeddings(2432)
+    vlm = paligemma.load(save_reference(reference, tmp_path / "random"), dtype="int4")
+    output = vlm.model.language_model.embed_tokens.output
+    assert isinstance(output, Int4Linear)
+    states = torch.randn(3, 64)
+    assert torch.equal(vlm.model.language_model.embed_tokens.logits(states), output.multiply_in_int4(states))
+    assert vlm.model.language_model.embed_tokens.weight.dtype == torch.int8
+
+
+def test_answers_of_the_embedded_checkpoint_are_right_and_the_page_says_what_int4_is(kept):
     vlm = paligemma.load(dtype="int4")
     assert vlm.generate(EXAMPLES / "cats.png", "caption en") == "2 cats on an orange background"
+    models = Models([None], lambda source, **_: vlm)
+    models.get(EMBEDDED)
+    assert "int4 on cpu, where answers come faster than in int8 and are less exact." in models.status(EMBEDDED)
 
 
 def test_many_positions_give_what_int8_gives(folder, kept):
@@ -203,7 +220,7 @@ def test_int4_weights_packed_for_another_cpu_are_made_anew(folder, kept, written
 
 def test_flipped_bytes_are_noticed_and_made_good(folder, kept, written, caplog):
     expected = decoded(paligemma.load(folder, dtype="int4"))
-    (file,) = (file for file in kept.glob("*/*.safetensors") if b"I8" not in file.read_bytes()[:20_000])
+    (file,) = (file for file in kept.glob("*/*.safetensors") if b'"BF16"' in file.read_bytes())
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)

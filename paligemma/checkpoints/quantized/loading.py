@@ -14,11 +14,11 @@ from ...config import PaliGemmaError
 from ...model import PaliGemma
 from ...quantization import (
     INT4,
-    INT4_BYTES,
     InputMemo,
     Int4Linear,
     Int8Embedding,
     Int8Linear,
+    int4,
     pack,
     packing,
     quantize,
@@ -78,20 +78,22 @@ def load_quantized_weights(
         return make_int8(name)
 
     def make_int4(name: str) -> tuple[Tensor, Tensor]:
-        return quantize_int4(*int8_weight(name))
+        return quantize_int4(*int8_weight(name), groups[name])
 
-    int4 = {name: tensors[name] for name in int4_weights(model)} if dtype == INT4 else {}
-    stored_int4 = {}
-    if int4:
-        int4_sizes = {name: INT4_BYTES * sizes[name] for name in int4}
-        stored_int4 = find_store("int4", int4, int4_sizes, make_int4, progress) or {}
+    groups = int4_weights(model) if dtype == INT4 else {}
+    stored_int4: Tensors = {}
+    if groups:
+        int4_sizes = {name: int4.bytes_of(sizes[name], group) for name, group in groups.items()}
+        stored_int4 = (
+            find_store("int4", {name: tensors[name] for name in groups}, int4_sizes, make_int4, progress) or {}
+        )
 
     def layer(name: str, rounded: Tensor, scale: Tensor, bias: Tensor | None = None) -> Int8Linear | Int4Linear:
         int8_layer = Int8Linear(pack(rounded, scale), bias, memo, single_residual=name in (EMBEDDING, OUTPUT))
-        if name not in int4:
+        if name not in groups:
             return int8_layer
         found = read_pair(stored_int4, name, "int4", damaged) if stored_int4 else None
-        return Int4Linear(int8_layer, *(found or quantize_int4(rounded, scale)))
+        return Int4Linear(int8_layer, *(found or quantize_int4(rounded, scale, groups[name])))
 
     def put(name: str) -> None:
         owner, _, kind = name.rpartition(".")

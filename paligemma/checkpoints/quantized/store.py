@@ -37,7 +37,7 @@ Make = Callable[[str], tuple[Tensor, Tensor]]
 
 
 def find_store(
-    form: str, weights: Tensors, sizes: Mapping[str, float], make: Make, progress: Progress = ignore
+    form: str, weights: Tensors, sizes: Mapping[str, int], make: Make, progress: Progress = ignore
 ) -> Tensors | None:
     """Where the weights of a checkpoint are kept in a form, written if they are not there yet, or not whole.
 
@@ -56,7 +56,7 @@ def find_store(
     if stored is not None:
         return stored
     progress(f"Turning the weights into {form}", 0.0)
-    needed = int(sum(sizes[name] for name in weights))
+    needed = sum(sizes[name] for name in weights)
     try:
         with one_writer():  # others wait and find what it wrote
             stored = _stored_tensors(folder, keys)
@@ -164,10 +164,10 @@ def _state_of(version: int | str, files: Iterable[Path]) -> str:
 
 
 def write_files(
-    form: str, sizes: Mapping[str, float], make: Make, folder: Path, metadata: dict[str, str], progress: Progress
+    form: str, sizes: Mapping[str, int], make: Make, folder: Path, metadata: dict[str, str], progress: Progress
 ) -> None:
     """Make tensor by tensor into safetensors files of `folder`: memory holds little of them at any time."""
-    done, total = 0.0, sum(sizes.values())
+    done, total = 0, sum(sizes.values())
     shard: dict[str, Tensor] = {}
     for number, (name, size) in enumerate(sizes.items(), start=1):
         progress(f"Turning the weights into {form}", done / total)
