@@ -32,7 +32,7 @@ from .big_vision import BigVisionFile, find_npz
 from .formats import CONFIG_FILE, check_format, is_adapter
 from .hub import download
 from .memory import check_fits, weight_bytes
-from .quantized import load_quantized_weights
+from .quantized import load_int4_weights, load_int8_weights
 from .weights import (
     Progress,
     Tensors,
@@ -100,8 +100,10 @@ def load(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         weight_dtype = wanted or (smallest_dtype(device) if scales else choose_dtype(device, parameters))
         make_room(weight_bytes(model, weight_dtype))
-        if weight_dtype in (torch.int8, INT4):
-            load_quantized_weights(model, tensors, scales, weight_dtype, progress)
+        if weight_dtype == torch.int8:
+            load_int8_weights(model, tensors, scales, progress)
+        elif weight_dtype == INT4:
+            load_int4_weights(model, tensors, scales, progress)
         else:
             load_weights(model, tensors, scales, weight_dtype, device, progress)
     keep_freed_memory()

@@ -32,7 +32,7 @@ def weight_bytes(model: PaliGemma, dtype: torch.dtype) -> int:
     matrices.append(model.get_parameter(EMBEDDING))
     rounded, rows = sum(matrix.numel() for matrix in matrices), sum(len(matrix) for matrix in matrices)
     groups = int4_weights(model) if dtype == INT4 else {}
-    packed = sum(int4.bytes_of(model.get_parameter(name).numel(), group) for name, group in groups.items())
+    packed = sum(int4.bytes_of(model.get_parameter(name), group) for name, group in groups.items())
     return rounded + 4 * (rows + total - rounded) + packed
 
 

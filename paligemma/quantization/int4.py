@@ -4,7 +4,9 @@ A decode step takes as long as it takes to read the weights, and these are five 
 32: the codes of four bits, and a scale and an offset in bfloat16. From four rows on torch's kernel is slower than that of int8,
 and in a prefill several times as slow. So an int8 layer does those, and both forms of the weights are in memory.
 
-The weights are rotated as for int8, the rows are as well, and are bfloat16 then, and so is the product.
+Weights and rows are rotated as for int8. Before that each channel of the rows is divided by a factor, and that of the weights
+multiplied by it, so that most of the error falls on channels that carry little (as in AWQ, arXiv 2306.00978). The rows are
+bfloat16 then, and so is the product.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Int8Linear
-from .rounding import NUMBERS_AT_ONCE, TINY, rotate
+from .rounding import NUMBERS_AT_ONCE, TINY, rotate, unrotate
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
 MOST_ROWS = 3  # that int4 multiplies as fast as int8, or faster
@@ -24,6 +26,7 @@ LOWEST, HIGHEST = -8.0, 7.0  # codes
 # in groups of 32, the root of the mean square; one start alone 0.0730, no search 0.0785; 49 starts 0.0691.
 STARTS = ((1.0, 1.0), (1.0, 0.87), (0.87, 1.0))
 ROUNDS = 3
+SMALLEST_INPUT = 0.01  # of the median: channels below count as that
 
 
 def is_available() -> bool:
@@ -42,34 +45,38 @@ def fits(weight: Tensor, group: int) -> bool:
     return outputs % BLOCK == 0 and channels % group == 0
 
 
-def bytes_of(numbers: int, group: int) -> int:
-    """Bytes of so many weights: the codes, and the scale and the offset of each group."""
-    return numbers // 2 + 4 * numbers // group
+def bytes_of(weight: Tensor, group: int) -> int:
+    """Bytes of what `quantize_int4` returns for a weight [out, in], which may be on `meta`."""
+    return weight.numel() // 2 + 4 * weight.numel() // group + 4 * weight.shape[1]
 
 
-def quantize_int4(rounded: Tensor, scale: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Round an int8 weight on to four bits: that takes no second rotation, and adds a hundredth to the error.
+def quantize_int4(rounded: Tensor, scale: Tensor, inputs: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round an int8 weight on to four bits, which adds a hundredth to the error.
 
     Args:
         rounded, scale: what `quantize` returns, int8 [out, in] and float32 [out], of a shape that `fits`.
+        inputs: float32 [in], how large each channel of the rows is, such as the root of its mean square.
         group: channels that have a scale and an offset in common; 32, 64, 128 or 256.
 
     Returns:
-        uint8 [out, in / 2], packed for the kernel of this CPU, and bfloat16 [in / group, out, 2], scale and offset of each
-        group: a weight is code * scale + offset, with codes from -8 to 7.
+        uint8 [out, in / 2], packed for the kernel of this CPU; bfloat16 [in / group, out, 2], scale and offset of each
+        group: a weight is code * scale + offset, with codes from -8 to 7; and float32 [in], what to multiply the rows with.
     """
     outputs, channels = rounded.shape
     packed = torch.empty(outputs, channels // 2, dtype=torch.uint8)
     steps = torch.empty(channels // group, outputs, 2, dtype=torch.bfloat16)
+    factors = inputs.clamp_min(SMALLEST_INPUT * inputs.median()).clamp_min_(TINY).log_().div_(2)
+    factors = factors.sub_(factors.mean()).exp_()
     count = max(1, NUMBERS_AT_ONCE // channels // BLOCK) * BLOCK
     for start in range(0, outputs, count):
         rows = slice(start, start + count)
-        groups = (rounded[rows] * scale[rows, None]).view(-1, channels // group, group)
+        weight = rotate(unrotate(rounded[rows] * scale[rows, None]).mul_(factors))
+        groups = weight.view(-1, channels // group, group)
         step, offset = _fit(groups)
         steps[:, rows, 0], steps[:, rows, 1] = step[..., 0].T, offset[..., 0].T
         codes = _codes(groups, step, offset).sub_(LOWEST).to(torch.int32)
         packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.view(-1, channels), 1)
-    return packed, steps
+    return packed, steps, 1 / factors
 
 
 def _fit(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,14 +117,15 @@ class Int4Linear(nn.Module):
 
     Args:
         int8: the same layer in int8.
-        packed, steps: what `quantize_int4` makes of its weight.
+        packed, steps, factors: what `quantize_int4` makes of its weight.
     """
 
-    def __init__(self, int8: Int8Linear, packed: Tensor, steps: Tensor):
+    def __init__(self, int8: Int8Linear, packed: Tensor, steps: Tensor, factors: Tensor):
         super().__init__()
         self.int8 = int8
         self.packed = packed
         self.steps = steps
+        self.factors = factors
         self.group = 2 * packed.shape[1] // len(steps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -126,7 +134,7 @@ class Int4Linear(nn.Module):
 
     def multiply_in_int4(self, hidden_states: Tensor) -> Tensor:
         """As `forward`, in int4 however many rows there are."""
-        rows = rotate(hidden_states.reshape(-1, hidden_states.shape[-1])).bfloat16()
+        rows = rotate((hidden_states * self.factors).view(-1, len(self.factors))).bfloat16()
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         output = multiply(rows, self.packed, self.group, self.steps).float()
         if self.int8.bias is not None:

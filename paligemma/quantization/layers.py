@@ -113,14 +113,12 @@ class Int8Embedding(nn.Module):
     Args:
         rounded, scale: what `quantize` returns; the rows of tokens are looked up here.
         output: the same as a layer; None if the output layer is another.
-        weight_dtype: of the model's linear layers.
     """
 
-    def __init__(
-        self, rounded: Tensor, scale: Tensor, output: nn.Module | None, weight_dtype: torch.dtype = torch.int8
-    ):
+    weight_dtype = torch.int8  # of the model's linear layers
+
+    def __init__(self, rounded: Tensor, scale: Tensor, output: nn.Module | None):
         super().__init__()
-        self.weight_dtype = weight_dtype
         self.weight = nn.Parameter(rounded, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.output = output

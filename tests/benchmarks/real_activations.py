@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from paligemma.checkpoints.quantized.int4 import RANDOM_TOKENS
 from paligemma.checkpoints.weights import MLP_GROUP, OUTPUT_GROUP
 from paligemma.quantization import Int4Linear, Int8Linear, pack, packing, quantize, quantize_int4
 
@@ -65,6 +66,7 @@ class Measurement:
         self.ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
         self.exact = self.model.model(self.ids).last_hidden_state[0]
         self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        self.inputs = self._inputs_of_random_tokens()
         self.last_block = max(int(name.split(".")[2]) for name in self.layers if "." in name)
 
     def divergence(self, replace: Replace, prompt: int = 0) -> tuple[float, float]:
@@ -82,6 +84,27 @@ class Measurement:
             self._put(name, layer)
         return torch.cat(divergences).mean().item(), torch.cat(same).mean().item()
 
+    def _inputs_of_random_tokens(self) -> dict[str, Tensor]:
+        """The root of the mean square of what each layer reads, as loading measures it, float32 [in]."""
+        seen: dict[str, Tensor] = {}
+
+        def see(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+            return lambda _, given, __: seen.__setitem__(name, given[0].flatten(0, -2).square().mean(dim=0).sqrt())
+
+        handles = [layer.register_forward_hook(see(name)) for name, layer in self.layers.items()]
+        ids = torch.randint(
+            self.model.config.vocab_size, (1, RANDOM_TOKENS), generator=torch.Generator().manual_seed(0)
+        )
+        self.model(ids)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    def in_int4(self, name: str, group: int, prompt: int = 0) -> nn.Module:
+        rounded, scale = quantize(self.layers[name].weight)
+        tensors = quantize_int4(rounded, scale, self.inputs[name], group)
+        return FirstInInt8(Int4Linear(Int8Linear(pack(rounded, scale)), *tensors), prompt)
+
     def _put(self, name: str, layer: nn.Module) -> None:
         owner, _, attribute = name.rpartition(".")
         setattr(self.model.get_submodule(owner), attribute, layer)
@@ -89,11 +112,6 @@ class Measurement:
 
 def in_int8(_: str, layer: nn.Linear) -> Int8Linear:
     return Int8Linear(pack(*quantize(layer.weight)))
-
-
-def in_int4(layer: nn.Linear, group: int, prompt: int = 0) -> nn.Module:
-    rounded, scale = quantize(layer.weight)
-    return FirstInInt8(Int4Linear(Int8Linear(pack(rounded, scale)), *quantize_int4(rounded, scale, group)), prompt)
 
 
 def as_llama_cpp(kind: GGMLQuantizationType) -> Replace:
@@ -110,24 +128,25 @@ def as_llama_cpp(kind: GGMLQuantizationType) -> Replace:
     return replace
 
 
-def as_loaded(prompt: int = 0, output: bool = True) -> Replace:
+def as_loaded(measurement: Measurement, prompt: int = 0, output: bool = True) -> Replace:
     """As loading does it: MLPs and output layer in int4, attention in int8."""
 
     def replace(name: str, layer: nn.Linear) -> nn.Module | None:
         if name == "lm_head":
-            return in_int4(layer, OUTPUT_GROUP, prompt) if output else None
-        return in_int4(layer, MLP_GROUP, prompt) if ".mlp." in name else in_int8(name, layer)
+            return measurement.in_int4(name, OUTPUT_GROUP, prompt) if output else None
+        return measurement.in_int4(name, MLP_GROUP, prompt) if ".mlp." in name else in_int8(name, layer)
 
     return replace
 
 
-def everywhere(group: int, int8_blocks: tuple[int, ...] = ()) -> Replace:
+def everywhere(measurement: Measurement, group: int, int8_blocks: tuple[int, ...] = ()) -> Replace:
     """All layers but the output in int4, those of some blocks in int8."""
 
     def replace(name: str, layer: nn.Linear) -> nn.Module | None:
         if name == "lm_head":
             return None
-        return in_int8(name, layer) if int(name.split(".")[2]) in int8_blocks else in_int4(layer, group)
+        is_int8 = int(name.split(".")[2]) in int8_blocks
+        return in_int8(name, layer) if is_int8 else measurement.in_int4(name, group)
 
     return replace
 
@@ -140,13 +159,16 @@ def main() -> None:
     half = TOKENS // 2
     forms: dict[str, tuple[Replace, int]] = {
         "int8, output layer in float32": (lambda name, layer: None if name == "lm_head" else in_int8(name, layer), 0),
-        "int4 as loaded, output layer in float32": (as_loaded(output=False), 0),
-        "int4 as loaded": (as_loaded(), 0),
-        "int4 as loaded, answers": (as_loaded(prompt=half), half),
+        "int4 as loaded, output layer in float32": (as_loaded(measurement, output=False), 0),
+        "int4 as loaded": (as_loaded(measurement), 0),
+        "int4 as loaded, answers": (as_loaded(measurement, prompt=half), half),
         "int8, answers": (in_int8, half),
-        "int4 in all layers but the output, groups of 32": (everywhere(32), 0),
-        "int4 in all layers but the output, groups of 64": (everywhere(64), 0),
-        "the same in groups of 32, first and last block in int8": (everywhere(32, (0, measurement.last_block)), 0),
+        "int4 in all layers but the output, groups of 32": (everywhere(measurement, 32), 0),
+        "int4 in all layers but the output, groups of 64": (everywhere(measurement, 64), 0),
+        "the same in groups of 32, first and last block in int8": (
+            everywhere(measurement, 32, (0, measurement.last_block)),
+            0,
+        ),
         "llama.cpp's Q4_1, weights alone": (as_llama_cpp(GGMLQuantizationType.Q4_1), 0),
         "llama.cpp's Q4_0, weights alone": (as_llama_cpp(GGMLQuantizationType.Q4_0), 0),
     }

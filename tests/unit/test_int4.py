@@ -48,21 +48,27 @@ def relative_error(output, exact):
     return ((output - exact).norm() / exact.norm()).item()
 
 
-def stands_for(rounded, scale, steps):
-    """The rotated weight, float32 [out, in], of the codes nearest to an int8 one."""
-    groups = (rounded * scale[:, None]).unflatten(1, (len(steps), -1))
-    step, offset = (steps[:, :, kind].float().T[..., None] for kind in (0, 1))
-    return (((groups - offset) / step).round().clamp(-8, 7) * step + offset).flatten(1)
+def stands_for(rounded, scale, layer):
+    """The weight, float32 [out, in], of the codes nearest to an int8 one."""
+    groups = rotate(unrotate(rounded * scale[:, None]) / layer.factors).unflatten(1, (-1, layer.group))
+    step, offset = (layer.steps[:, :, kind].float().T[..., None] for kind in (0, 1))
+    codes = ((groups - offset) / step).round().clamp(-8, 7)
+    return unrotate((codes * step + offset).flatten(1)) * layer.factors
+
+
+def layer_from(weight, group=32, inputs=None, bias=None):
+    rounded, scale = quantize(weight)
+    inputs = torch.ones(weight.shape[1]) if inputs is None else inputs
+    return Int4Linear(Int8Linear(pack(rounded, scale), bias), *quantize_int4(rounded, scale, inputs, group))
 
 
 @cache
 def layer_of(outputs, channels, group=32, seed=0):
-    """A Gaussian weight, the layer of it, and the rotated weight that its int4 codes stand for."""
+    """A Gaussian weight, the layer of it, and the weight that its int4 codes stand for."""
     torch.manual_seed(seed)
     weight = torch.randn(outputs, channels) * 0.02
-    rounded, scale = quantize(weight)
-    packed, steps = quantize_int4(rounded, scale, group)
-    return weight, Int4Linear(Int8Linear(pack(rounded, scale)), packed, steps), stands_for(rounded, scale, steps)
+    layer = layer_from(weight, group)
+    return weight, layer, stands_for(*quantize(weight), layer)
 
 
 # --- the layer
@@ -77,7 +83,7 @@ def test_few_rows_are_multiplied_by_what_the_codes_stand_for(channels, outputs, 
     rows = torch.randn(count, channels)
     rows[0, channels // 2] = 1000.0
     output = layer(rows[:, None])[:, 0]
-    assert relative_error(output, rotate(rows) @ in_int4.T) <= 0.005
+    assert relative_error(output, rows @ in_int4.T) <= 0.005
     assert relative_error(output, rows @ weight.T) <= bound
 
 
@@ -89,8 +95,18 @@ def test_the_search_loses_less_than_the_whole_range_of_each_group(channels, outp
     least, largest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = (largest - least) / 15
     whole_range = ((groups - least) / step).round() * step + least
-    assert relative_error(in_int4, rotate(weight)) <= bound
-    assert relative_error(in_int4, rotate(weight)) < 0.93 * relative_error(whole_range, groups)
+    assert relative_error(in_int4, weight) <= bound
+    assert relative_error(in_int4, weight) < 0.93 * relative_error(whole_range, groups)
+
+
+def test_channels_that_carry_much_lose_less():
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(256, 512) * 0.02, torch.ones(512)
+    inputs[::8], inputs[1::8] = 30.0, 0.0
+    rows = torch.randn(3, 512) * inputs
+    even, aware = (layer_from(weight, inputs=sizes)(rows) for sizes in (torch.ones(512), inputs))
+    exact = rows @ weight.T
+    assert relative_error(aware, exact) < 0.6 * relative_error(even, exact)
 
 
 @pytest.mark.parametrize(
@@ -108,19 +124,15 @@ def test_the_number_of_rows_decides_between_int4_and_int8(shape, is_int4):
 
 def test_bias_comes_through_and_zeros_give_zeros():
     bias = torch.randn(64)
-    for weight in (torch.randn(64, 128), torch.zeros(64, 128)):
-        rounded, scale = quantize(weight)
-        layer = Int4Linear(Int8Linear(pack(rounded, scale), bias), *quantize_int4(rounded, scale, 32))
-        assert torch.equal(layer(torch.zeros(1, 2, 128)), bias.expand(1, 2, 64))
-    torch.testing.assert_close(layer(torch.randn(1, 128)), bias[None], rtol=0, atol=1e-20)
+    assert torch.equal(layer_from(torch.randn(64, 128), bias=bias)(torch.zeros(1, 2, 128)), bias.expand(1, 2, 64))
+    zeros = layer_from(torch.zeros(64, 128), inputs=torch.zeros(128))
+    torch.testing.assert_close(zeros(torch.randn(1, 128)), torch.zeros(1, 64), rtol=0, atol=1e-20)
 
 
 def test_a_group_of_one_value_or_with_an_outlier_is_kept():
     rotated = torch.full((64, 64), 0.5)
     rotated[:, 40] = 8.0
-    rounded, scale = quantize(unrotate(rotated))
-    packed, steps = quantize_int4(rounded, scale, 32)
-    output = Int4Linear(Int8Linear(pack(rounded, scale)), packed, steps)(unrotate(torch.eye(64)[[3, 40, 50]]))
+    output = layer_from(unrotate(rotated))(unrotate(torch.eye(64)[[3, 40, 50]]))
     torch.testing.assert_close(output, torch.tensor([[0.5], [8.0], [0.5]]).expand(3, 64), rtol=0.02, atol=0)
 
 
@@ -128,7 +140,7 @@ def test_weights_packed_apart_may_be_appended():
     """So layers that share an input can be one."""
     a, b = layer_of(256, 192, seed=2)[1], layer_of(64, 192, seed=3)[1]
     packed, steps = torch.cat((a.packed, b.packed)), torch.cat((a.steps, b.steps), dim=1)
-    both = Int4Linear(a.int8, packed, steps)
+    both = Int4Linear(a.int8, packed, steps, a.factors)
     rows = torch.randn(2, 192)
     assert torch.equal(both(rows), torch.cat((a(rows), b(rows)), dim=-1))
 
@@ -159,9 +171,8 @@ def test_few_positions_give_what_float32_gives_with_the_same_weights(tmp_path, k
     before = decoded(exact)
     for name, module in exact.model.named_modules():
         if name in names:
-            rounded, scale = quantize(module.weight.detach())
-            steps = ours.model.get_submodule(name).steps
-            module.weight = torch.nn.Parameter(unrotate(stands_for(rounded, scale, steps)))
+            in_int4 = stands_for(*quantize(module.weight.detach()), ours.model.get_submodule(name))
+            module.weight = torch.nn.Parameter(in_int4)
     assert relative_error(decoded(ours), decoded(exact)) < 0.2 * relative_error(before, decoded(exact))
 
 

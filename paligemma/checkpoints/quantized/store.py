@@ -11,7 +11,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from ...config import PaliGemmaError
 from ...hardware import give_back_freed_memory
 from ...quantization.int4 import layout
 from ..formats import INT4_FORMAT, INT8_FORMAT
-from ..weights import Place, Progress, Tensors, ignore, open_file, scale_name
+from ..weights import Place, Progress, Tensors, ignore, open_file
 
 SHARD_BYTES = 256 * 2**20
 UNFINISHED = "unfinished-"
@@ -32,8 +32,10 @@ SOURCES = "sources"  # in the metadata of each file of a store, beside the check
 log = logging.getLogger(__name__)
 
 
-# Makes the weight of this name, and its scale.
-Make = Callable[[str], tuple[Tensor, Tensor]]
+# What a weight is made of in each form: the ends of the keys, in place of `weight`.
+FORMS = {"int8": ("weight", "scale"), "int4": ("weight", "scale", "factors")}
+# Makes those tensors of the weight of this name.
+Make = Callable[[str], tuple[Tensor, ...]]
 
 
 def find_store(
@@ -47,11 +49,11 @@ def find_store(
         sizes: how many bytes each takes.
 
     Returns:
-        where each weight and each scale is, under keys of `weights` and their `scale_name`; None if none can be written.
+        where each tensor is, under the `keys_of` each weight; None if none can be written.
     """
     files = sorted({file for place in weights.values() for file in place.files})
     folder = store_folder(form, files)
-    keys = {key for name in weights for key in (name, scale_name(name))}
+    keys = {key for name in weights for key in keys_of(form, name)}
     stored = _stored_tensors(folder, keys)
     if stored is not None:
         return stored
@@ -75,6 +77,11 @@ def find_store(
             "%s weights cannot be kept in %s (%s), so each start makes them anew; %s", form, folder, error, advice
         )
         return None
+
+
+def keys_of(form: str, name: str) -> list[str]:
+    """The keys of what a weight is made of in this form; in int8 its name, and its `scale_name`."""
+    return [f"{name.removesuffix('weight')}{kind}" for kind in FORMS[form]]
 
 
 def store_folder(form: str, files: list[Path]) -> Path:
@@ -171,7 +178,7 @@ def write_files(
     shard: dict[str, Tensor] = {}
     for number, (name, size) in enumerate(sizes.items(), start=1):
         progress(f"Turning the weights into {form}", done / total)
-        shard[name], shard[scale_name(name)] = make(name)
+        shard |= zip(keys_of(form, name), make(name))
         done += size
         if number == len(sizes) or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             save_checked(shard, folder / f"{number:05}.safetensors", metadata)
@@ -195,13 +202,24 @@ def _stored_tensors(folder: Path, keys: Collection[str]) -> Tensors | None:
     return found if found.keys() >= set(keys) else None
 
 
-def read_checked(file: Path, key: str) -> Tensor | None:
-    """A tensor that `save_checked` wrote; None if it is not what was written."""
+def read_checked(file: Path, key: str, damaged: set[Path]) -> Tensor | None:
+    """A tensor that `save_checked` wrote; None, and the file is added to `damaged`, if it is not what was written."""
+    if file in damaged:
+        return None
     with open_file(file) as mapped:
         tensor = mapped.get_tensor(key)
         if (mapped.metadata() or {}).get(key) == _checksum(tensor):
             return tensor
+    damaged.add(file)
     return None
+
+
+def remove_damaged(files: Iterable[Path], form: str) -> None:
+    """Remove files that are not what was written, and say so in the log."""
+    for file in files:
+        log.warning("%s holds damaged %s weights; the next start makes them anew", file, form)
+        with suppress(OSError):
+            file.unlink()
 
 
 def _checksum(tensor: Tensor) -> str:
