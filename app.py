@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are imported, Ctrl-C ends this without a traceback
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # else it keeps 10,000, and sums them up after each
 import gradio as gr
@@ -24,7 +26,7 @@ from starlette.middleware import Middleware
 
 import paligemma
 from paligemma.demo import handlers, hosting, inside, layout, monitoring, rendering
-from paligemma.demo.blocks import BodyLimit, Page
+from paligemma.demo.blocks import BodyLimit, LastResort, Page
 from paligemma.demo.handlers import SETTINGS
 from paligemma.demo.options import parse_arguments
 from paligemma.demo.scripts import CHANGE_PICTURE, COPY_TEXT, DOWNLOAD, LISTEN, MAKE_LINK
@@ -40,8 +42,11 @@ TITLE = "PaliGemma"
 MAX_FILE_SIZE = "20mb"
 MAX_QUEUE_LENGTH = 128
 MAX_CLIENT_SHARE = 64  # of the queue, for one address
-MAX_SESSIONS = 500  # whose answers can be chosen again; each takes about 0.1 MB
+MAX_SESSIONS = 500  # of which the server knows what they see inside; each takes about 0.1 MB
 MAX_BODY_LENGTH = 128_000  # bytes
+MAX_AGENTS_BODY_LENGTH = (
+    32_000_000  # bytes, of a call over MCP: a file of `MAX_FILE_SIZE` in base64, and what is around it
+)
 MAX_UPLOADS_PER_HOUR = 500_000_000  # bytes, of one address
 FILES_KEPT_SECONDS = 3600
 
@@ -55,13 +60,17 @@ LAUNCH_SETTINGS: dict[str, Any] = {
     "ssr_mode": False,
     "app_kwargs": {
         "middleware": [
-            Middleware(BodyLimit, length=MAX_BODY_LENGTH),
+            Middleware(LastResort),
+            Middleware(BodyLimit, length=MAX_BODY_LENGTH, agents_length=MAX_AGENTS_BODY_LENGTH),
             Middleware(hosting.UploadLimit, length=MAX_UPLOADS_PER_HOUR),
         ],
         "exception_handlers": {OSError: hosting.explain_full_disk},
     },
 }
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# Few at a time, since images are read and drawn; and queued, since browsers show no sentence of an error else.
+BRIEFLY: dict[str, Any] = {"concurrency_id": "brief", "concurrency_limit": 4, "trigger_mode": "multiple"}
+BRIEFLY |= {"show_progress": "hidden", "api_visibility": "private"}
 TOGETHER: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 16}  # who comes later waits in a queue
 # (With `always_last`, Gradio would give the last of several events the choice of the first.)
 LOOKING: dict[str, Any] = {"concurrency_id": "inside", "concurrency_limit": 8, "trigger_mode": "multiple"}
@@ -90,9 +99,9 @@ def _lay_out(models: Models, files: list[str], examples: list[handlers.Record]) 
     with gr.Row(elem_id="head"):
         gr.Markdown(f"# {TITLE}\n{handlers.TAGLINE}", elem_id="title")
         ui.about = gr.Markdown(handlers.about(first), elem_id="about")
-    shown = handlers.show_again(models, examples, 0)
+    shown = handlers.show_again(models, examples[0])
     first_task = task_of(shown["prompt"]) or TASKS[0]
-    ui.record, ui.history, ui.view = gr.State(shown["record"]), gr.State([]), gr.State({})
+    ui.view = gr.State({})
     with gr.Row(elem_id="page"):
         with gr.Column(scale=6, min_width=340, elem_id="question"):
             ui.image, ui.heat, ui.figure, ui.draw = layout.stage(shown["image"], shown["figure"], first == EMBEDDED)
@@ -125,7 +134,7 @@ def _lay_out(models: Models, files: list[str], examples: list[handlers.Record]) 
                 ui.note = gr.Markdown(handlers.ABOUT_PHOTOGRAPHS, visible=first == EMBEDDED, elem_id="note")
             ui.panel, *ui.panel_parts = layout.inside_panel()
             ui.example = layout.thumbnails(handlers.thumbnails("Try one of these", examples), "examples", files)
-            ui.past_answers = layout.thumbnails("", "history")
+            ui.record = layout.kept_answers(shown["record"])
             ui.status = gr.Markdown(models.status(first), elem_id="status")
     ui.timer = gr.Timer(STATUS_SECONDS, active=False)
     vars(ui).update(zip((one.name for one in SETTINGS), ui.settings))
@@ -164,15 +173,15 @@ def _answer_when_asked(
         await stop_answers(request)  # that of another picture
         return choose_example(event.choice)
 
-    def take_past_answer(history: list[handlers.Record], event: gr.EventData) -> dict[Block, Any]:
-        return show_again(history, event.choice)
+    def take_past_answer(event: gr.EventData) -> dict[Block, Any]:
+        return show_again(event.choice)
 
     def run_after(listen: Callable) -> None:
         """Answer what is asked then."""
         listen(
             on_page(handlers.run, models),
-            [ui.image, ui.more_images, ui.prompt, ui.checkpoint, ui.history, *ui.settings],
-            [ui.figure, ui.answers, ui.speed, ui.actions, ui.record, ui.history, ui.past_answers, *ui.closing],
+            [ui.image, ui.more_images, ui.prompt, ui.checkpoint, *ui.settings],
+            [ui.figure, ui.answers, ui.speed, ui.actions, ui.record, *ui.closing],
             # Values come as they are: Gradio would open a bad image itself, and fail without a sentence.
             preprocess=False,
             api_visibility="private",
@@ -183,7 +192,7 @@ def _answer_when_asked(
     run_after(partial(gr.on, [ui.start.click, ui.prompt.submit]))
     run_after(ui.example.click(take_example, None, [ui.image, ui.more_images, ui.prompt], **AT_ONCE).success)
     ui.stop.click(stop_answers, **AT_ONCE)
-    ui.draw.click(handlers.draw_scene, None, ui.image, **AT_ONCE)
+    ui.draw.click(handlers.draw_scene, None, ui.image, **BRIEFLY)
     gone = [ui.figure, ui.heat, ui.speed, ui.answers, ui.actions, ui.panel]
     gr.on([ui.image.input, ui.draw.click], None, ui.prompt, [ui.prompt, *gone], js=CHANGE_PICTURE)
     gr.on([ui.task.input, ui.language.input], handlers.choose_task, [ui.task, ui.language], ui.prompt, **AT_ONCE)
@@ -195,15 +204,15 @@ def _answer_when_asked(
         **AT_ONCE,
     )
     ui.copy.click(None, js=COPY_TEXT)
-    ui.save_image.click(to_file(handlers.save_image, models), ui.record, ui.file, **AT_ONCE).then(None, js=DOWNLOAD)
-    ui.save_objects.click(to_file(handlers.save_objects, models), ui.record, ui.file, **AT_ONCE).then(None, js=DOWNLOAD)
+    for button, save in ((ui.save_image, handlers.save_image), (ui.save_objects, handlers.save_objects)):
+        button.click(to_file(save, models), ui.record, ui.file, **BRIEFLY).success(None, js=DOWNLOAD)
     ui.share.click(None, [ui.prompt, ui.checkpoint, *ui.settings], ui.link, js=MAKE_LINK)
     ui.share.click(lambda: gr.update(visible=True), None, ui.link, **AT_ONCE)
-    ui.past_answers.click(
+    ui.record.click(
         take_past_answer,
-        ui.history,
+        None,
         [ui.image, ui.more_images, ui.prompt, ui.figure, ui.answers, ui.speed, ui.record, ui.actions, *ui.closing],
-        **AT_ONCE,
+        **BRIEFLY,
     )
     # A visitor who comes while the model is being loaded sees how far it is.
     gr.on(
@@ -223,14 +232,14 @@ def _look_inside_when_asked(models: Models, ui: SimpleNamespace, on_page: Callab
         on_page(handler, models) for handler in (inside.look, inside.peek, inside.redraw)
     )
 
-    async def look(record: handlers.Record, view: inside.View, event: gr.EventData) -> AsyncIterator[dict]:
+    async def look(record: object, view: inside.View, event: gr.EventData) -> AsyncIterator[dict]:
         async for shown in look_inside(record, view, event.choice):
             yield shown
 
-    def peek(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
+    def peek(record: object, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
         return peek_inside(record, view, event.choice)
 
-    def redraw(record: handlers.Record, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
+    def redraw(record: object, view: inside.View, event: gr.EventData) -> dict[Block, Any]:
         return redraw_inside(record, view, event.choice)
 
     once = LOOKING | {"trigger_mode": "once"}
@@ -243,8 +252,8 @@ def _look_inside_when_asked(models: Models, ui: SimpleNamespace, on_page: Callab
         **LOOKING,
     )
     if not IS_ZERO_GPU:  # each look would ask for a GPU
-        ui.words.select(peek, [ui.record, ui.view], ui.rivals, trigger_mode="multiple", **AT_ONCE)
-    ui.section.input(redraw, [ui.record, ui.view], ui.distribution, trigger_mode="multiple", **AT_ONCE)
+        ui.words.select(peek, [ui.record, ui.view], ui.rivals, **LOOKING)
+    ui.section.input(redraw, [ui.record, ui.view], ui.distribution, **LOOKING)
 
 
 def _add_endpoints(page: Page, models: Models, prompt: gr.Textbox, settings: list[Component]) -> None:

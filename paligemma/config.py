@@ -67,8 +67,12 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.patches_per_side**2
 
 
 @dataclass(frozen=True)

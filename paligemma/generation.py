@@ -298,8 +298,7 @@ class VisionLanguageModel:
             )
         pixel_values = self._pixel_values(image)
         attention = self.engine.call(lambda: encoder_attention(self.model, pixel_values, int(patch)))
-        side = vision.image_size // vision.patch_size
-        return EncoderInspection(int(patch), (side, side), attention)
+        return EncoderInspection(int(patch), (vision.patches_per_side,) * 2, attention)
 
     def generate(self, image: Images, prompt: str, **settings: Unpack[Settings]) -> str:
         """The whole answer at once; arguments and errors as for `stream`."""

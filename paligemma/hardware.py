@@ -126,7 +126,7 @@ def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
         raise PaliGemmaError(f"The dtype {dtype} is not known; please choose auto or one of {', '.join(DTYPES)}.")
     if dtype in (torch.int8, INT4):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         if device.type != "cpu":
             raise PaliGemmaError(f"{name} runs on CPUs, not on {device}; please choose bfloat16.")
         if not int8_is_available():
@@ -134,6 +134,11 @@ def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == INT4 and not int4.is_available():
         raise PaliGemmaError("int4 needs a CPU with AVX2 or AVX-512; please choose int8.")
     return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is given to `load`: bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
@@ -149,7 +154,7 @@ def choose_dtype(device: torch.device, parameters: int) -> torch.dtype:
     if not int8_is_available():
         return torch.bfloat16
     fits = parameters * torch.bfloat16.itemsize <= total_memory(device)
-    return torch.bfloat16 if fits and multiplies_bfloat16(device) and not int8_is_faster() else torch.int8
+    return torch.bfloat16 if fits and multiplies_bfloat16() and not int8_is_faster() else torch.int8
 
 
 def smallest_dtype(device: torch.device) -> torch.dtype:
@@ -157,10 +162,8 @@ def smallest_dtype(device: torch.device) -> torch.dtype:
     return torch.int8 if device.type == "cpu" and int8_is_available() else torch.bfloat16
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions that multiply matrices of bfloat16, about twice as fast as of float32."""
-    if device.type != "cpu":
-        return device.type == "cuda"
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions that multiply matrices of bfloat16, about twice as fast as of float32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 

@@ -139,7 +139,15 @@ class Inspection:
     def heat_map(self, layer: int | None = None, head: int | None = None, image: int = 0) -> np.ndarray:
         """Attention to the patches of an image, float32 [rows, columns]; None: the mean of layers, or of heads."""
         span = [span for span in self.spans if span.kind == IMAGE][image]
-        return _mean(self.attention, layer, head)[span.start : span.end].reshape(self.grid)
+        return self.mean(layer, head)[span.start : span.end].reshape(self.grid)
+
+    def mean(self, layer: int | None = None, head: int | None = None) -> np.ndarray:
+        """Attention to each position, float32 [position + 1]; None: the mean of layers, or of heads."""
+        return _mean(self.attention, layer, head)
+
+    def shares_of(self, layer: int | None, head: int | None) -> dict[str, float]:
+        """As `shares`, of a layer or head; None: the mean of layers, or of heads."""
+        return _shares(self.mean(layer, head), self.spans)
 
     def distribution(
         self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, count: int = 20
@@ -153,7 +161,7 @@ class Inspection:
             PaliGemmaError: a setting is out of its range, see `Sampler`.
         """
         ids = [candidate.id for candidate in self.candidates[:count]]
-        logs = Sampler(temperature, top_k, top_p).log_probabilities(torch.from_numpy(self.logits)[None])[0, ids]
+        logs = Sampler(temperature, top_k, top_p).log_probabilities(torch.tensor(self.logits)[None])[0, ids]
         return tuple(
             replace(candidate, probability=math.exp(log), is_cut_off=log == -math.inf)
             for candidate, log in zip(self.candidates, logs.tolist())
@@ -191,6 +199,14 @@ def _mean(attention: np.ndarray, layer: int | None, head: int | None) -> np.ndar
     return (of_layers if head is None else of_layers[:, [head]]).mean(axis=(0, 1))
 
 
+def _shares(mean: np.ndarray, spans: tuple[Span, ...]) -> dict[str, float]:
+    """The sums of float32 [positions] over the spans of images, prompt and answer, by these words."""
+    shares = {kind: 0.0 for kind in (IMAGE, PROMPT, ANSWER)}
+    for span in spans:
+        shares[span.kind] += float(mean[span.start : span.end].sum())
+    return shares
+
+
 class Inspector:
     """Looks inside an answer that is over.
 
@@ -215,11 +231,6 @@ class Inspector:
         likeliest = logits.topk(min(CANDIDATES, len(logits))).indices.tolist()
         chosen, *candidates = self._candidates([ids[position + 1], *likeliest], logits)
         spans = self._spans(position + 1)
-        mean = replayed.attention.mean(axis=(0, 1))
-        shares = {kind: 0.0 for kind in (IMAGE, PROMPT, ANSWER)}
-        for span in spans:
-            shares[span.kind] += float(mean[span.start : span.end].sum())
-        side = self._model.config.vision.image_size // self._model.config.vision.patch_size
         lens = zip(replayed.lens_ids, replayed.lens_probabilities)
         return Inspection(
             index=index,
@@ -229,8 +240,8 @@ class Inspector:
             position=position,
             attention=replayed.attention,
             spans=spans,
-            grid=(side, side),
-            shares=shares,
+            grid=(self._model.config.vision.patches_per_side,) * 2,
+            shares=_shares(replayed.attention.mean(axis=(0, 1)), spans),
             lens=tuple(
                 LensEntry(layer, token_id, self._processor.token_text(token_id), probability)
                 for layer, (token_id, probability) in enumerate(lens)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .config import CODEBOOK_SIZE, PaliGemmaError
 
 GRID_SIDE = 4  # of the 16 codes
-MASK_SIDE = 64  # pixels
 FILE_NAMES = ("mask_decoder.safetensors", "vae-oid.npz")  # beside a checkpoint
 
 
@@ -83,9 +82,6 @@ class MaskDecoder(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Int64 [N, 16], row by row of the grid, to float [N, 64, 64]: above zero where the object is."""
-        return self.decode(self._vq_vae["_embedding"][codes])
-
-    def decode(self, vectors: Tensor) -> Tensor:
-        """As `forward`, from the codes' vectors, float [N, 16, code_width]."""
+        vectors = self._vq_vae["_embedding"][codes]  # [N, 16, code_width]
         grid = vectors.transpose(1, 2).unflatten(2, (GRID_SIDE, GRID_SIDE))
         return self.decoder(grid)[:, 0]

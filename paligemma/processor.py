@@ -61,17 +61,17 @@ class Processor:
     def pixel_values(self, image: Image.Image) -> Tensor:
         """Any Pillow image to float32 [1, 3, image_size, image_size] in -1 to 1 (bicubic resize to the square)."""
         size = self.config.vision.image_size
-        return self.normalize(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
-
-    def normalize(self, image: Image.Image) -> Tensor:
-        """RGB image to float32 [1, 3, height, width], 0-255 mapped to -1 to 1, at the size it has."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        resized = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
         return ((pixels.float() / 255.0 - 0.5) / 0.5).contiguous()
 
-    def input_ids(self, prompt: str, images: int = 1) -> list[int]:
+    def input_ids(self, prompt: str, images: int = 1, longest: int | None = None) -> list[int]:
         """The placeholders of all images, `<bos>`, the prompt and a line end, as the checkpoints were trained.
 
         An `<image>` for each at the prompt's start, as model cards write it, stands for placeholders and is left out.
+
+        Args:
+            longest: how many tokens the prompt may have, with `<bos>` and line end, where that is less than fits.
 
         Raises:
             PaliGemmaError: there is no image, or the images fill the context; or the prompt is empty, holds a token that
@@ -86,6 +86,7 @@ class Processor:
         if images > 1 and capacity < 3:  # `<bos>`, a token, a line end
             fitting = max(1, (context - 4) // patches)
             raise PaliGemmaError(f"There are {images} pictures, but {fitting} fit; please give fewer.")
+        capacity = min(capacity, capacity if longest is None else longest)
         if len(prompt) > capacity * self._longest_token:  # before all work that takes time in proportion to it
             fitting = capacity * self._longest_token
             raise PaliGemmaError(f"The prompt has {len(prompt)} characters, but {fitting} fit; please shorten it.")

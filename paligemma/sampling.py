@@ -44,10 +44,12 @@ class Sampler:
         """Choose one token a row: float [B, vocab] to int64 [B]; `generator` must be on the same device."""
         if self.temperature < SMALLEST_TEMPERATURE:
             return logits.argmax(dim=-1)
-        candidates, logits = self._filter(logits / float(self.temperature))
         # Dividing by exponential noise and taking the largest draws from the distribution (the Gumbel-max trick) and
-        # needs no synchronization with a GPU.
+        # needs no synchronization with a GPU. Each token has its own noise, not each rank: two that are nearly as likely
+        # change ranks with the rounding, which depends on what else is computed.
         noise = torch.empty_like(logits).exponential_(generator=generator)
+        candidates, logits = self._filter(logits / float(self.temperature))
+        noise = noise if candidates is None else noise.gather(-1, candidates)
         choice = (logits.softmax(dim=-1) / noise).argmax(dim=-1, keepdim=True)
         return (choice if candidates is None else candidates.gather(-1, choice)).squeeze(-1)
 

@@ -56,7 +56,7 @@ def walk_through(
 
 def _image_steps(model: PaliGemma, sequence: TokenSequence) -> Iterator[WalkStep]:
     vision, width = model.config.vision, model.config.text.hidden_size
-    size, side = vision.patch_size, vision.image_size // vision.patch_size
+    size, side = vision.patch_size, vision.patches_per_side
     pixel_values = sequence.pixel_values[0].to(model.device, model.dtype)
     patches = pixel_values[0].unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4)
     embedded, encoded = model.vision_tower.embeddings(pixel_values)[0], model.vision_tower(pixel_values)[0]

@@ -39,10 +39,24 @@ ONE_TOKEN = 1  # of a stopped answer: the one under way
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep int8 weights out of the user's cache, whose lock another program may hold for minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache") / "hub"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> paligemma.VisionLanguageModel:
     """The embedded checkpoint."""
     return paligemma.load()
+
+
+@pytest.fixture
+def models(tiny: paligemma.VisionLanguageModel) -> Models:
+    """What a page offers that has the embedded checkpoint alone."""
+    return Models([None], lambda source, **_: tiny)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 TOKENIZER = Path(__file__).parent.parent / "paligemma" / "tiny" / "tokenizer.json"
@@ -25,6 +26,7 @@ def make_reference(
     head_dim: int = 32,
     intermediate_size: int = 128,
     sliding_window: int = 24,
+    epsilon: float = 1e-6,
     std: float = 0.02,
     seed: int = 0,
 ) -> PaliGemmaForConditionalGeneration:
@@ -50,6 +52,7 @@ def make_reference(
             "image_size": image_size,
             "patch_size": patch_size,
             "vision_use_head": False,
+            "layer_norm_eps": epsilon,
         },
         text_config={
             "model_type": family,
@@ -60,6 +63,7 @@ def make_reference(
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "vocab_size": vocab_size,
+            "rms_norm_eps": epsilon,
             "max_position_embeddings": (image_size // patch_size) ** 2 + 1024,
             **(gemma2 if family == "gemma2" else {}),
         },
@@ -76,6 +80,19 @@ def make_reference(
         elif "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.02)
     return model
+
+
+def reference_inputs(
+    pixel_values: Tensor, input_ids: Tensor, prefix_lengths: Tensor | None = None, attention_mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What the reference takes for the arguments of ours: token types are 0 in the prefix, 1 from its end on."""
+    ends = torch.tensor([input_ids.shape[1]]) if prefix_lengths is None else prefix_lengths
+    return {
+        "pixel_values": pixel_values,
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+        "token_type_ids": (torch.arange(input_ids.shape[1]) >= ends[:, None]).long().expand_as(input_ids),
+    }
 
 
 def save_reference(model: PaliGemmaForConditionalGeneration, folder: Path, max_shard_size: str = "5GB") -> Path:

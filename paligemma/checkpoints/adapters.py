@@ -82,9 +82,8 @@ class LoraConfig:
             raise PaliGemmaError(f"{path} is no dictionary; please fetch the adapter again.")
         if variant := _variant(values):
             raise PaliGemmaError(f"{path} describes {variant}, which cannot be merged here; {MERGE}.")
-        for name in ("rank_pattern", "alpha_pattern"):
-            values[name] = values.get(name) or {}
-        alphas = {"lora_alpha": values.get("lora_alpha", 8), **_dictionary(values["alpha_pattern"])}
+        alpha_pattern = _dictionary(values.get("alpha_pattern"))
+        alphas = {"lora_alpha": values.get("lora_alpha", 8), **alpha_pattern}
         for name, alpha in alphas.items():
             if not is_number(alpha):
                 raise PaliGemmaError(f"{path}: {name} is {alpha!r}, expected a number; please fetch the adapter again.")
@@ -94,8 +93,8 @@ class LoraConfig:
             lora_alpha=alphas["lora_alpha"],
             target_modules=values.get("target_modules") or [],
             use_rslora=bool(values.get("use_rslora")),
-            rank_pattern=_dictionary(values["rank_pattern"]),
-            alpha_pattern=_dictionary(values["alpha_pattern"]),
+            rank_pattern=_dictionary(values.get("rank_pattern")),
+            alpha_pattern=alpha_pattern,
             modules_to_save=values.get("modules_to_save"),
             revision=values.get("revision"),
         )
@@ -152,7 +151,7 @@ class Adapter:
         Raises:
             PaliGemmaError: it changes what the model does not have, or has in another shape.
         """
-        updates, whole = self._read()
+        updates, whole, own = self._read()
         if config.tie_word_embeddings and {EMBEDDING, OUTPUT} & {*updates, *whole}:
             tensors = {OUTPUT: tensors[EMBEDDING], **tensors}
             config = replace(config, tie_word_embeddings=False)
@@ -162,8 +161,7 @@ class Adapter:
                     f"{self.file} changes {name}, which the model does not have; please give the model that it was "
                     f"trained on, {self.config.base_model_name_or_path}."
                 )
-        shapes = _shapes({name: tensors[name] for name in (*updates, *whole)})
-        own = _shapes(whole) | self._shapes_of_updates(updates, shapes)
+        shapes = _shapes({name: tensors[name] for name in own})
         for name, shape in own.items():
             if shape != shapes[name]:
                 raise PaliGemmaError(
@@ -173,8 +171,8 @@ class Adapter:
         merged = tensors | whole
         return config, merged | {name: merged[name]._replace(update=update) for name, update in updates.items()}
 
-    def _read(self) -> tuple[dict[str, LowRankUpdate], Tensors]:
-        """By the names of the model's parameters, what is added to some, and where others are that are trained whole."""
+    def _read(self) -> tuple[dict[str, LowRankUpdate], Tensors, dict[str, list[int]]]:
+        """By the names of the model's parameters, what is added to some, where others are that are trained whole; all shapes."""
         sides: dict[str, dict[str, str]] = {}
         modules: dict[str, tuple[str, bool]] = {}
         whole: Tensors = {}
@@ -189,32 +187,26 @@ class Adapter:
                     sides.setdefault(name, {})[found["side"]] = key
                 elif not key.endswith(COMPUTED_SUFFIXES):
                     whole[canonical_name(WRAPPERS.sub("", inner))] = Place(self.file, key)
-            updates = {}
+            updates, shapes = {}, {name: mapped.get_slice(place.key).get_shape() for name, place in whole.items()}
             for name, pair in sides.items():
                 if pair.keys() != {"A", "B"}:
                     raise PaliGemmaError(
                         f"{self.file} has one of the two matrices of {name} only; please fetch it again."
                     )
                 module, is_embedding = modules[name]
-                scaling = self.config.scaling(module, mapped.get_slice(pair["A"]).get_shape()[0])
-                updates[name] = LowRankUpdate(self.file, pair["A"], pair["B"], scaling, is_embedding)
+                down, up = (mapped.get_slice(pair[side]).get_shape() for side in "AB")
+                if min(len(down), len(up)) < 2 or down[0] != up[1] or not down[0]:
+                    raise PaliGemmaError(
+                        f"{self.file} has matrices of the shapes {down} and {up} for {name}, which are none of LoRA; please "
+                        "fetch it again."
+                    )
+                updates[name] = LowRankUpdate(
+                    self.file, pair["A"], pair["B"], self.config.scaling(module, down[0]), is_embedding
+                )
+                shapes[name] = [*down[1:], up[0]] if is_embedding else [up[0], *down[1:]]
         if not updates and not whole:
             raise PaliGemmaError(f"{self.file} holds no tensors; please fetch the adapter again.")
-        return updates, whole
-
-    def _shapes_of_updates(
-        self, updates: Mapping[str, LowRankUpdate], expected: Mapping[str, list[int]]
-    ) -> dict[str, list[int]]:
-        """Of the products of the two matrices; a product that only lies otherwise has the expected shape."""
-        shapes = {}
-        with open_file(self.file) as mapped:
-            for name, update in updates.items():
-                (rank, *inputs), (outputs, up_rank, *_) = (
-                    mapped.get_slice(key).get_shape() for key in (update.down, update.up)
-                )
-                shape = [*inputs, outputs] if update.is_embedding else [outputs, *inputs]
-                shapes[name] = shape if rank == up_rank else [outputs, up_rank, rank, *inputs]
-        return shapes
+        return updates, whole, shapes
 
 
 def save_adapter(config: LoraConfig, matrices: Mapping[str, tuple[Tensor, Tensor]], folder: str | Path) -> None:

@@ -72,7 +72,7 @@ def load(
             faster than int8 where one to three answers are made at a time, and less exact: it is int8 but for the
             decode steps of so few rows, and so an answer may depend on how many others are decoded with it. Its weights
             are made of the int8 ones, and are in memory beside them.
-        compile: compile the step that makes a token (CUDA), see `Engine.compile`.
+        compile: compile encoder, prefill and decode step (CUDA), see `CompiledModel`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
         tokenizer: a `tokenizer.json`, or a folder that holds one; None takes the one beside the checkpoint.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config import PaliGemmaError
-from ..hardware import smallest_dtype
+from ..hardware import dtype_name, smallest_dtype
 from ..model import PaliGemma
 from ..quantization import INT4, int4
 from .weights import EMBEDDING, int4_weights
@@ -80,8 +80,3 @@ def check_fits(name: str, model: PaliGemma, dtype: torch.dtype, device: torch.de
         f"{device} has {capacity / 1e9:.1f} GB of memory; please choose {', '.join([*fitting, 'a smaller checkpoint'])} "
         "or a larger machine."
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As it is given to `load`: bfloat16."""
-    return str(dtype).removeprefix("torch.")

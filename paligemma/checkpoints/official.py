@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
-from operator import attrgetter
+from itertools import product
 
 import torch
 
 from ..config import PaliGemmaConfig
+from ..hardware import dtype_name
 from ..quantization import INT4
 from .load import empty_model
-from .memory import dtype_name, running_bytes
+from .memory import running_bytes
 
 DECODER_FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -60,41 +60,14 @@ class Sizes:
         return self.running_bytes[dtype] <= USABLE * gigabytes * 10**9
 
 
-@dataclass(frozen=True)
-class OfficialCheckpoint:
-    """A repository of the Hub; `purpose` is one of `PURPOSES`, `resolution` the side of its images in pixels."""
-
-    family: str
-    size: str
-    purpose: str
-    resolution: int
-
-    @property
-    def repository(self) -> str:
-        return repository_name(self.family, self.size, self.purpose, self.resolution)
-
-    @property
-    def sizes(self) -> Sizes:
-        return compute_sizes(self.family, self.size, self.resolution)
-
-
-def repository_name(family: str, size: str, purpose: str, resolution: int) -> str:
-    """The id on the Hub."""
-    return f"google/{family.lower().replace(' ', '')}-{size.lower()}-{purpose}-{resolution}"
-
-
-def official_checkpoints() -> list[OfficialCheckpoint]:
-    """All official checkpoints but those fine-tuned for one benchmark, `google/paligemma-3b-ft-*`."""
-    found = []
-    for family, size in DECODERS:
-        for resolution in RESOLUTIONS:
-            is_for = {
-                "mix": resolution < 896,
-                "pt": True,
-                "ft-docci": family == "PaliGemma 2" and size != "28B" and resolution == 448,
-            }
-            found += [OfficialCheckpoint(family, size, purpose, resolution) for purpose in PURPOSES if is_for[purpose]]
-    return found
+def purposes(family: str, size: str, resolution: int) -> list[str]:
+    """What there are official checkpoints for, of `PURPOSES`; one benchmark each, `google/paligemma-3b-ft-*`, is left out."""
+    is_for = {
+        "mix": resolution < 896,
+        "pt": True,
+        "ft-docci": family == "PaliGemma 2" and size != "28B" and resolution == 448,
+    }
+    return [purpose for purpose in PURPOSES if is_for[purpose]]
 
 
 def official_config(family: str, size: str, resolution: int) -> PaliGemmaConfig:
@@ -117,14 +90,12 @@ def table() -> str:
     hardware = [f"{name} ({gigabytes} GB)" for name, (gigabytes, _) in HARDWARE.items()]
     titles = ["checkpoint", "parameters", "memory in bfloat16", "in int8", "in int4", *hardware]
     rows = [titles, ["---"] * len(titles)]
-    for (family, size, resolution), group in groupby(
-        official_checkpoints(), attrgetter("family", "size", "resolution")
-    ):
-        purposes, sizes = [one.purpose for one in group], compute_sizes(family, size, resolution)
-        names = purposes[0] if len(purposes) == 1 else f"{{{','.join(purposes)}}}"
+    for (family, size), resolution in product(DECODERS, RESOLUTIONS):
+        names, sizes = purposes(family, size, resolution), compute_sizes(family, size, resolution)
+        listed = f"{{{','.join(names)}}}" if len(names) > 1 else names[0]
         rows.append(
             [
-                f"`{repository_name(family, size, names, resolution)}`",
+                f"`google/{family.lower().replace(' ', '')}-{size.lower()}-{listed}-{resolution}`",
                 f"{sizes.parameters / 1e9:.2f} billion",
                 *(f"{needed / 1e9:.1f} GB" for needed in sizes.running_bytes.values()),
                 *(dtype_name(dtype) if sizes.fits(name) else "no" for name, (_, dtype) in HARDWARE.items()),

@@ -20,6 +20,7 @@ import gradio as gr
 from fastapi import HTTPException
 from gradio.server_messages import ProcessCompletedMessage
 from pydantic import ValidationError
+from starlette.responses import JSONResponse
 
 from ..config import PaliGemmaError
 from .streaming import Answerings
@@ -86,10 +87,7 @@ class Page(gr.Blocks):
             error.print_exception = False
             raise
         except Exception as error:
-            frames = [
-                f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)[-4:]
-            ]
-            log.error("a call failed: %s in %s", type(error).__name__, " > ".join(frames))
+            _log("a call", error)
             raise gr.Error(_sentence(error), print_exception=False) from None
 
     async def preprocess_data(
@@ -154,9 +152,9 @@ class Page(gr.Blocks):
         """Let at most `length` calls wait, at most `share` of one client, in an order that is fair to all clients.
 
         Others end at once, with a sentence: Gradio's own limit answers HTTP 503 instead, for which each of its clients
-        has another text. To be called once, inside the page.
+        has another text. No call of what is queued goes past it. To be called once, inside the page.
         """
-        queue = self.queue(default_concurrency_limit=1)._queue
+        queue = self.queue(default_concurrency_limit=1, api_open=False)._queue
         push, clean = queue.push, queue.clean_events
         sessions = queue.pending_messages_per_session
         sessions.max_size = SESSIONS_KEPT * length
@@ -229,26 +227,60 @@ def client_address(request: fastapi.Request) -> str:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses requests with a longer body than a call needs; uploads have a limit of their own."""
+    """ASGI middleware that refuses requests with a longer body than a call needs; uploads have a limit of their own.
 
-    def __init__(self, app: ASGIApp, length: int):
-        self._app, self._length = app, length
+    Args:
+        length: of a call in bytes.
+        agents_length: of one over MCP, which may hold images.
+    """
+
+    def __init__(self, app: ASGIApp, length: int, agents_length: int):
+        self._app, self._length, self._agents_length = app, length, agents_length
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
+        received, length = 0, self._agents_length if "/mcp/" in scope.get("path", "") else self._length
 
         async def receive_some() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._length:
+            if received > length:
                 raise HTTPException(
-                    413, f"This request is longer than {self._length // 1000} kB; please upload files, shorten texts."
+                    413, f"This request is longer than {length // 1000} kB; please upload files, shorten texts."
                 )
             return message
 
-        has_files = scope["type"] != "http" or scope["path"].endswith("/upload") or "/mcp/" in scope["path"]
-        await self._app(scope, receive if has_files else receive_some, send)
+        is_upload = scope["type"] != "http" or scope["path"].endswith("/upload")
+        await self._app(scope, receive if is_upload else receive_some, send)
+
+
+class LastResort:
+    """ASGI middleware for requests whose handling fails, such as those for an event that there is none of: an answer in a
+    sentence, and a line in the log without what was sent."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        except Exception as error:
+            _log("a request", error)
+            if scope["type"] == "http" and not has_begun:
+                await JSONResponse({"detail": _sentence(error)}, status_code=500)(scope, receive, send)
+
+
+def _log(what: str, error: Exception) -> None:
+    """Say what kind of error ended a call or request, and where, without its text, which may hold what was asked."""
+    frames = [f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)[-4:]]
+    log.error("%s failed: %s in %s", what, type(error).__name__, " > ".join(frames))
 
 
 def _sentence(error: Exception) -> str:

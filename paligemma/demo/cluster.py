@@ -17,10 +17,11 @@ import signal
 import threading
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import ray
@@ -32,14 +33,17 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..engine import MAX_ROWS
-from ..generation import AnswerBatch, Images, Settings, Token, VisionLanguageModel
+from ..generation import AnswerBatch, Images, ImageSource, Settings, VisionLanguageModel
 from ..images import open_image, to_rgb
 from ..mask_decoder import MaskDecoder
 from ..processor import Processor
-from .serving import EMBEDDED, load_checkpoint
+from .serving import EMBEDDED, load_checkpoint, look_inside
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
+
+    from ..inspection import EncoderInspection, Inspection
+    from ..walk import WalkStep
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 TARGET_ONGOING_REQUESTS = MAX_ROWS / 2  # of each replica; above that there are more replicas
@@ -49,13 +53,9 @@ HEALTH_SECONDS = 5
 FIGURES_SECONDS = 5  # for all replicas to tell what they do
 TRIES_TO_START = 3  # of replicas in a row, until a checkpoint counts as one that cannot be loaded
 TRIES = 2  # to begin an answer, if a replica fails before its first token
-ELSEWHERE = (
-    "What is inside a step is not shown while a cluster answers; please ask whoever runs this page to start it without "
-    "--cluster."
-)
 GONE = "The machine that made this answer has failed; please ask again, another one answers."
 
-Event = tuple[int, Token | None]  # of `VisionLanguageModel.stream_batch`
+Event = Any  # of an answer's stream: what `VisionLanguageModel.stream_batch` or `look_inside` yields
 
 log = logging.getLogger(__name__)
 
@@ -80,28 +80,36 @@ class Replica:
         """See `VisionLanguageModel.figures`."""
         return self._vlm.figures()
 
-    async def stream_batch(
-        self, images: Sequence[np.ndarray], numbers: Sequence[Sequence[int]], prompts: Sequence[str], settings: Settings
-    ) -> AsyncIterator[list[Event | PaliGemmaError]]:
-        """Yield the events of `VisionLanguageModel.stream_batch`, as many at once as there are, an error as the last.
+    def answer(
+        self, images: list[Image.Image], numbers: Sequence[Sequence[int]], prompts: Sequence[str], settings: Settings
+    ) -> AnswerBatch:
+        """See `VisionLanguageModel.stream_batch`; `numbers` are those of each prompt's images."""
+        return self._vlm.stream_batch([[images[one] for one in some] for some in numbers], prompts, **settings)
+
+    def look(self, images: list[Image.Image], *arguments: Any) -> Iterator[Any]:  # noqa: ANN401
+        """See `look_inside`."""
+        return look_inside(self._vlm, images, *arguments)
+
+    async def stream(self, work: str, images: Sequence[np.ndarray], *arguments: object) -> AsyncIterator[list[Event]]:
+        """Yield what `answer` or `look` yields, as many at once as there are, and a `PaliGemmaError` as the last.
 
         Errors are values, since of those that are raised Ray makes others. Who cancels this ends the work.
 
         Args:
+            work: which of the two.
             images: uint8 [height, width, 3] each.
-            numbers: which of them each prompt is about.
+            arguments: the others of `work`.
         """
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | PaliGemmaError | None] = asyncio.Queue()
+        events: asyncio.Queue[Event] = asyncio.Queue()
         is_over = threading.Event()
-        begun: list[AnswerBatch] = []
+        begun: list[Iterator[Event]] = []
 
         def answer() -> None:
             try:
-                opened = [Image.fromarray(image) for image in images]
-                batch = self._vlm.stream_batch([[opened[one] for one in some] for some in numbers], prompts, **settings)
+                batch = getattr(self, work)([Image.fromarray(image) for image in images], *arguments)
                 begun.append(batch)
-                for event in batch if not is_over.is_set() else ():
+                for event in takewhile(lambda _: not is_over.is_set(), batch):
                     loop.call_soon_threadsafe(events.put_nowait, event)
             except PaliGemmaError as error:
                 loop.call_soon_threadsafe(events.put_nowait, error)
@@ -121,7 +129,8 @@ class Replica:
         finally:
             is_over.set()
             for batch in begun:
-                batch.close()
+                if isinstance(batch, AnswerBatch):  # others end with the next that they yield
+                    batch.close()
 
 
 class Link:
@@ -131,8 +140,8 @@ class Link:
         self._handle = handle
 
     def begin(self, key: str, arguments: tuple) -> Any:  # noqa: ANN401  # an iterator with `cancel`
-        """The stream of `Replica.stream_batch(*arguments)`; those with the same key go to the same replica."""
-        return self._handle.options(stream=True, session_id=key).stream_batch.remote(*arguments)
+        """The stream of `Replica.stream(*arguments)`; those with the same key go to the same replica."""
+        return self._handle.options(stream=True, session_id=key).stream.remote(*arguments)
 
     def parts(self) -> dict[str, object]:
         """Of any replica."""
@@ -160,7 +169,7 @@ class Relay:
     async def begin(self, name: str, key: str, arguments: tuple) -> None:
         self._streams[name] = Link(self._handle).begin(key, arguments)
 
-    async def read(self, name: str) -> list[Event | PaliGemmaError] | None:
+    async def read(self, name: str) -> list[Event] | None:
         """What has come since the last time, once something has; None at the end."""
         try:
             return await anext(self._streams[name])
@@ -187,7 +196,7 @@ class RelayedStream:
         self._relay, self._name = relay, uuid.uuid4().hex
         relay.begin.remote(self._name, key, arguments)
 
-    def __next__(self) -> list[Event | PaliGemmaError]:
+    def __next__(self) -> list[Event]:
         some = ray.get(self._relay.read.remote(self._name))
         if some is None:
             raise StopIteration
@@ -218,12 +227,12 @@ class RelayedLink:
 
 
 class RemoteAnswers:
-    """Answers that a replica makes: an iterator as `AnswerBatch` is, which any thread may close."""
+    """What a replica streams: an iterator as `AnswerBatch` is, which any thread may close."""
 
     def __init__(self, link: Link | RelayedLink, key: str, arguments: tuple):
         self._link, self._key, self._arguments = link, key, arguments
         self._response: Any = None
-        self._events: deque[Event | PaliGemmaError] = deque()
+        self._events: deque[Event] = deque()
         self._tries_left = TRIES  # none once the first token has come
         self._is_closed = False
         self._lock = threading.Lock()
@@ -265,6 +274,29 @@ class RemoteAnswers:
         self.close()
 
 
+class RemoteAnswer:
+    """An answer that a replica has made, with the methods of `generation.Answer` that look inside it.
+
+    Args:
+        look: streams what a method of this name, called with the further arguments, returns there.
+    """
+
+    def __init__(self, look: Callable[..., RemoteAnswers]):
+        self._look = look
+
+    def inspect(self, index: int) -> Inspection:
+        return next(self._look("inspect", index))
+
+    def branch(self, index: int, token_id: int, **settings: Unpack[Settings]) -> RemoteAnswers:
+        return self._look("branch", index, token_id, **settings)
+
+    def seconds_without_cache(self) -> list[float]:
+        return next(self._look("seconds_without_cache"))
+
+    def walk_through(self) -> tuple[WalkStep, ...]:
+        return next(self._look("walk_through"))
+
+
 class RemoteModel:
     """A checkpoint of the cluster with the public face of `VisionLanguageModel`, as far as the page needs it."""
 
@@ -292,24 +324,33 @@ class RemoteModel:
         **settings: Any,  # noqa: ANN401
     ) -> RemoteAnswers:
         """See `VisionLanguageModel.stream_batch`; what is wrong with the arguments is raised with the first token."""
-        pixels: list[np.ndarray] = []
-        places: dict[int, int] = {}
-        numbers = []
-        for some in images:
-            own = [some] if isinstance(some, str) or not isinstance(some, Sequence) else some
-            for image in own:
-                if id(image) not in places:
-                    places[id(image)] = len(pixels)
-                    pixels.append(self._pixels(image))
-            numbers.append([places[id(image)] for image in own])
+        own = [[some] if isinstance(some, str) or not isinstance(some, Sequence) else some for some in images]
+        places: dict[int, int] = {}  # of each image that differs, by its identity
+        for image in chain(*own):
+            places.setdefault(id(image), len(places))
+        different = {id(image): image for image in chain(*own)}.values()
+        numbers = [[places[id(image)] for image in some] for some in own]
+        return self._stream("answer", different, numbers, list(prompts), settings)
+
+    def resume(self, image: Images, prompt: str, token_ids: Sequence[int]) -> RemoteAnswer:
+        """See `VisionLanguageModel.resume`; what it is asked goes where the keys and values of the answer should be."""
+        images = [image] if isinstance(image, str) or not isinstance(image, Sequence) else list(image)
+        return RemoteAnswer(
+            lambda method, *of, **settings: self.look(images, [prompt], settings, token_ids, method, of)
+        )
+
+    def inspect_encoder(self, image: ImageSource, patch: int) -> EncoderInspection:
+        """See `VisionLanguageModel.inspect_encoder`."""
+        return next(self.look([image], [""], {}, [], "inspect_encoder", (patch,)))
+
+    def look(self, images: Sequence[ImageSource], *arguments: object) -> RemoteAnswers:
+        """See `look_inside`."""
+        return self._stream("look", images, *arguments)
+
+    def _stream(self, work: str, images: Iterable[ImageSource], *arguments: object) -> RemoteAnswers:
+        pixels = [self._pixels(image) for image in images]
         key = hashlib.sha256(pixels[0].data).hexdigest() if pixels else ""
-        return RemoteAnswers(self._link, key, (pixels, numbers, list(prompts), settings))
-
-    def resume(self, *_: object) -> NoReturn:
-        """See `VisionLanguageModel.resume`; the keys and values of an answer are at a replica, which shows none of them."""
-        raise PaliGemmaError(ELSEWHERE)
-
-    inspect_encoder = resume
+        return RemoteAnswers(self._link, key, (work, pixels, *arguments))
 
     def generate(self, image: Images, prompt: str, **settings: Any) -> str:  # noqa: ANN401
         """The whole answer at once."""
@@ -339,7 +380,7 @@ class RemoteModel:
         """Leave the replicas."""
         self._link.close()
 
-    def _pixels(self, image: Any) -> np.ndarray:  # noqa: ANN401
+    def _pixels(self, image: ImageSource) -> np.ndarray:
         """The image as the processor resizes it, uint8 [image_size, image_size, 3], which is all that has to travel."""
         opened = image if isinstance(image, Image.Image) else open_image(image)
         size = self.config.vision.image_size
@@ -410,7 +451,7 @@ class Cluster:
 
     def update(self) -> None:
         """Load all checkpoints again, as they are now, one replica after another; what is being answered is finished."""
-        for name, (source, settings, remote) in self._loaded.items():
+        for name, (source, settings, remote) in list(self._loaded.items()):  # others may be loaded meanwhile
             try:
                 self._deploy(name, source, settings)
                 remote.refresh()

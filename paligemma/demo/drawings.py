@@ -148,16 +148,12 @@ def heat_svg(shares: np.ndarray, size: tuple[int, int], patch: int | None = None
 
 def attention_html(seen: Inspection, layer: int | None, head: int | None, line: int) -> str:
     """Shares of image, prompt and answer, a heat map of each layer and head to choose, and the words attended to."""
-    attention = seen.attention if layer is None else seen.attention[layer : layer + 1]
-    mean = (attention if head is None else attention[:, head : head + 1]).mean(axis=(0, 1))
-    shares = {kind: 0.0 for kind in NAMES}
-    for span in seen.spans:
-        shares[span.kind] += float(mean[span.start : span.end].sum())
+    shares = seen.shares_of(layer, head)
     bars = "".join(bar(NAMES[kind], share, color=f"of-{kind}") for kind, share in shares.items())
-    first = len(mean) - len(seen.texts)
+    of_words = seen.mean(layer, head)[-len(seen.texts) :]
     words = "".join(
-        f'<span style="--share: {share / max(mean[first:].max(), 1e-9):.3f}" title="{escape(percent(share))}">{token_name(text)}</span>'
-        for text, share in zip(seen.texts, mean[first:].tolist())
+        f'<span style="--share: {share / max(of_words.max(), 1e-9):.3f}" title="{escape(percent(share))}">{token_name(text)}</span>'
+        for text, share in zip(seen.texts, of_words.tolist())
     )
     layers, heads = seen.attention.shape[:2]
     columns: list[int | None] = [None, *range(heads)]
@@ -332,23 +328,17 @@ def cache_html(cache: CacheFacts, line: int, can_measure: bool, seconds: Sequenc
         ),
     ]
     rows = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in facts)
-    times = [("prefill", cache.prefill_seconds)] if cache.prefill_seconds else []
+    times = [("prefill", cache.prefill_seconds)]
     times += [(f"token {number + 2}", one) for number, one in enumerate(cache.step_seconds[: MAX_BARS - 1])]
-    without = list(seconds)
-    longest = max([one for _, one in times if one] + without, default=1)
-    bars = "".join(bar(name, one / longest, f"{1000 * one:.1f} ms") for name, one in times if one)
-    if without:
-        total = sum(one for _, one in times if one)
-        bars += bar(
-            "a token without a cache",
-            float(np.mean(without)) / longest,
-            f"{1000 * np.mean(without):.1f} ms",
-            color="cut",
-        )
-        bars += f'<p class="tip">All {len(without)} tokens without a cache: {sum(without):.2f} s, with it {total:.2f} s.</p>'
+    longest = max(*(one for _, one in times), *seconds, 1e-9)
+    bars = "".join(bar(name, one / longest, f"{1000 * one:.1f} ms") for name, one in times)
+    if seconds:
+        mean, total = sum(seconds) / len(seconds), cache.prefill_seconds + sum(cache.step_seconds)
+        bars += bar("a token without a cache", mean / longest, f"{1000 * mean:.1f} ms", color="cut")
+        bars += f'<p class="tip">All {len(seconds)} tokens without a cache: {sum(seconds):.2f} s, with it {total:.2f} s.</p>'
     measure = (
         f'<button type="button" class="chip" {choice(line=line, measure=True)}>Measure it without a cache</button>'
-        if can_measure and not without
+        if can_measure and not seconds
         else ""
     )
     drawn = f'<div class="bars times" role="group" aria-label="Milliseconds of each step" tabindex="0">{bars}</div>'

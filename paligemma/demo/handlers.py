@@ -11,16 +11,15 @@ import math
 import os
 import tempfile
 import time
-import weakref
-from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 import numpy as np
 from gradio.utils import get_upload_folder
@@ -31,23 +30,27 @@ from ..config import PaliGemmaError, is_number, shorten
 from ..images import open_image
 from ..prompts import ENGLISH, LANGUAGES, TASKS, Task, detect_prompt, segment_prompt, task_of
 from . import rendering
-from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models, Tokens
+from .records import (
+    MAX_IMAGES,
+    MAX_NEW_TOKENS,
+    MAX_PIXELS,
+    MAX_PROMPT_CHARACTERS,
+    MAX_PROMPT_TOKENS,
+    MAX_PROMPTS,
+    Record,
+    plain_tokens,
+    read_record,
+)
+from .serving import EMBEDDED, STATUS_SECONDS, Answer, Models, Tokens, tokens_per_second
 
 if TYPE_CHECKING:
     from ..generation import VisionLanguageModel
     from ..scenes.painter import Painter
 
 EXAMPLES_FOLDER = Path(__file__).parent / "examples"
-MAX_PIXELS = 60_000_000
-MAX_IMAGES = 8
-MAX_PROMPTS = 8
-MAX_PROMPT_TOKENS = 512
-MAX_PROMPT_CHARACTERS = 8 * MAX_PROMPT_TOKENS  # checked first: to split a text into tokens takes time
-MAX_NEW_TOKENS = 256
 DEFAULT_NEW_TOKENS = 128  # six masks
 MAX_LINK_SEED = 2**53 - 1  # the largest whole number that a browser keeps exactly
 MAX_LINK_CHARACTERS = 2000
-MAX_HISTORY = 8
 SCENE_SIZE, SCENE_OBJECTS = 336, 6  # pixels, and how many at most
 MAX_HELD_PIXELS = MAX_PIXELS // 2  # of images that are being asked about; more are not read until one of these goes
 HELD_SECONDS, MAX_HELD_SECONDS = 0.1, 30  # between two looks at that, and at most
@@ -63,7 +66,6 @@ ABOUT_PHOTOGRAPHS = (
 )
 STORED = "A stored answer of the small checkpoint. Press **Run** to see it made."
 EMPTY_ANSWER = "An empty answer. To “detect” and “segment” it means: there is none."
-FORGOTTEN = "This answer is forgotten, since the page was started anew meanwhile; please ask again."
 SEE_INSIDE = "See inside: how did it choose each word?"
 CLOSED: dict[str, Any] = {"is_open": False, "view": {}, "heat": "", "see_inside": SEE_INSIDE}  # of the panel
 SEVERAL_PROMPTS = "*Shift + Enter: one more prompt about the same picture.*"
@@ -91,24 +93,10 @@ SETTINGS = (
 LINK_FIELDS = ("prompt", "checkpoint", *(setting.name for setting in SETTINGS))
 
 
-class _Count:
-    """A number that threads add to."""
-
-    def __init__(self) -> None:
-        self.total, self._lock = 0, Lock()
-
-    def add(self, number: int) -> None:
-        with self._lock:
-            self.total += number
-
-
-_held_pixels = _Count()
+_held: WeakValueDictionary[int, Image.Image] = WeakValueDictionary()  # images that are being asked about
 _readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")
 T = TypeVar("T")
 
-# An answer of this visit: `path`, `url` and `size` (width, height) of its first image, `more`, the paths of others,
-# `checkpoint`, `answers`, pairs of a prompt and the text that answers it, and the `tokens` of each.
-Record = dict[str, Any]
 # A picture that comes with the page: `picture`, its file, a `prompt`, and the `answer` of the embedded checkpoint, with the
 # `ids` and `probabilities` of its tokens.
 EXAMPLES: list[dict[str, Any]] = json.loads((EXAMPLES_FOLDER / "answers.json").read_text())
@@ -121,7 +109,6 @@ def run(
     more_images: object,
     prompt: str,
     checkpoint: str,
-    history: list[Record],
     *settings: object,
 ) -> Iterator[dict[str, Any]]:
     """Answer a prompt, or one in each line, about an uploaded image, or several.
@@ -129,12 +116,11 @@ def run(
     Args:
         image: what `gr.Image` sends, see `open_upload`; objects are marked on this one.
         more_images: what `gr.Gallery` sends.
-        history: the answers of this visit, the latest first.
         settings: values of `SETTINGS`; the seed as it was typed.
 
     Yields:
         `speed`, a line about time; `figure` and `answers`, HTML; `is_answered`, whether there is an answer to save; at
-        the end `record`, and `history` with it, which `past_answers` shows.
+        the end `record`, see `records`.
     """
     opened, record = yield from open_uploads(image, more_images, meanwhile={})
     count = len(opened)
@@ -157,10 +143,8 @@ def run(
     if not any(answer.text or answer.is_finished for answer in answers):
         return  # stopped before it began
     record |= {"checkpoint": checkpoint, "answers": [(answer.prompt, answer.text) for answer in answers]}
-    record["tokens"] = [Tokens.of(answer.tokens) for answer in answers]
-    history = [record, *(other for other in history if other != record)][:MAX_HISTORY]
-    past_answers = thumbnails("Your answers of this visit", history)
-    yield {"record": record, "history": history, "past_answers": past_answers, "is_answered": True}
+    record["tokens"] = [plain_tokens(Tokens.of(answer.tokens)) for answer in answers]
+    yield {"record": record, "is_answered": True}
 
 
 def read_settings(values: Sequence[object]) -> dict[str, Any]:
@@ -168,21 +152,19 @@ def read_settings(values: Sequence[object]) -> dict[str, Any]:
     settings = dict(zip((setting.name for setting in SETTINGS), values))
     seed = settings["seed"]
     if isinstance(seed, str):
-        settings["seed"] = int(seed) if seed.strip().isdecimal() else seed.strip() or None
+        is_whole = seed.strip().isdecimal() and len(seed) < 100  # Python reads none of more than 4,300 digits
+        settings["seed"] = int(seed) if is_whole else seed.strip() or None
     return settings
 
 
 def example_records(paths: Sequence[str]) -> list[Record]:
     """The answers of `EXAMPLES`, as if this visit had asked for them; `paths` are those of their images as uploads."""
     return [
-        {"path": path, "url": _url(path), "size": Image.open(path).size, "more": [], "checkpoint": EMBEDDED}
-        | {"answers": [(example["prompt"], example["answer"])], "tokens": [_tokens(example)]}
+        {"path": path, "size": Image.open(path).size, "more": [], "checkpoint": EMBEDDED}
+        | {"answers": [(example["prompt"], example["answer"])]}
+        | {"tokens": [{name: example[name] for name in ("ids", "probabilities")}]}
         for path, example in zip(paths, EXAMPLES, strict=True)
     ]
-
-
-def _tokens(example: dict[str, Any]) -> Tokens:
-    return Tokens(array("i", example["ids"]), array("f", example["probabilities"]))
 
 
 def choose_example(examples: Sequence[Record], index: int) -> dict[str, Any]:
@@ -192,12 +174,11 @@ def choose_example(examples: Sequence[Record], index: int) -> dict[str, Any]:
     return {"image": examples[index]["path"], "more_images": [], "prompt": prompts_of(examples[index])}
 
 
-def show_again(models: Models, history: list[Record], index: int) -> dict[str, Any]:
-    """Bring an earlier answer of this visit back, with its image and prompts."""
-    if not 0 <= index < len(history):
-        raise PaliGemmaError(FORGOTTEN)
-    record = history[index]
-    result(_open(record["path"], None))  # it may have been deleted meanwhile
+def show_again(models: Models, record: object) -> dict[str, Any]:
+    """Bring an earlier answer back, with its image and prompts."""
+    record = read_record(record)
+    for path in (record["path"], *record["more"]):
+        _check_upload(path)
     answers, objects = _read_again(models, record)
     return {
         "image": record["path"],
@@ -206,7 +187,7 @@ def show_again(models: Models, history: list[Record], index: int) -> dict[str, A
         "figure": _figure(record, objects),
         "answers": rendering.answers_html(answers, objects, EMPTY_ANSWER),
         "speed": "",
-        "record": record,
+        "record": record | {"tokens": [plain_tokens(tokens) for tokens in record["tokens"]]},
         "is_answered": True,
         **CLOSED,
     }
@@ -215,7 +196,7 @@ def show_again(models: Models, history: list[Record], index: int) -> dict[str, A
 def thumbnails(title: str, records: Iterable[Record]) -> str:
     """Answers to choose from, as HTML; see `rendering.thumbnails_html`."""
     return rendering.thumbnails_html(
-        title, [(record["url"], prompts_of(record).replace("\n", " · ")) for record in records]
+        title, [(_url(record["path"]), prompts_of(record).replace("\n", " · ")) for record in records]
     )
 
 
@@ -224,19 +205,20 @@ def prompts_of(record: Record) -> str:
     return "\n".join(prompt for prompt, _ in record["answers"])
 
 
-def save_image(models: Models, record: Record) -> str:
+def save_image(models: Models, record: object) -> str:
     """Draw an answer's boxes and masks on its image; returns the path of the file."""
-    image = result(_open(_path(record), None))
+    record = read_record(record)
+    image = result(_open(record["path"], None))
     path = _new_file(record, "marked.png")
     rendering.draw(image, _read_again(models, record)[1]).save(path)
     return str(path)
 
 
-def save_objects(models: Models, record: Record) -> str:
+def save_objects(models: Models, record: object) -> str:
     """Write an answer's objects as JSON; returns the path of the file."""
-    size = result(_open(_path(record), None)).size
+    record = read_record(record)
     path = _new_file(record, "objects.json")
-    path.write_text(json.dumps(rendering.to_json(_read_again(models, record)[1], size)))
+    path.write_text(json.dumps(rendering.to_json(_read_again(models, record)[1], record["size"])))
     return str(path)
 
 
@@ -431,8 +413,10 @@ def inspect(
 
 def _find_objects(models: Models, image: object, kinds: object, to_prompt: Callable[[str], str]) -> Iterator[_Found]:
     """Yield the objects so far, when there are more, then the image with all drawn on it; see `rendering.to_json`."""
-    if not isinstance(kinds, str):
-        raise PaliGemmaError(f"objects is {shorten(kinds)}; please give a text such as “cat” or “cat ; dog”.")
+    if not isinstance(kinds, str) or len(kinds.splitlines()) > 1:  # each line would be a prompt
+        raise PaliGemmaError(
+            f"objects is {shorten(kinds)}; please give a text of one line, such as “cat” or “cat ; dog”."
+        )
     opened, _ = yield from open_upload(image, meanwhile=(None, []))
     settings = {"max_new_tokens": MAX_NEW_TOKENS}
     known: list[rendering.MarkedObject] = []
@@ -454,7 +438,7 @@ def open_upload(image: object, meanwhile: T) -> Generator[T, None, tuple[Image.I
         `meanwhile`, again and again while the image is being read; who closes the generator ends that.
 
     Returns:
-        the image, and where it is: `path`, `url` for the page, `size`.
+        the image, and its `path` and `size`.
     """
     if not image or isinstance(image, dict) and not image.get("path"):
         raise PaliGemmaError("There is no picture yet; please upload one or choose an example.")
@@ -464,8 +448,7 @@ def open_upload(image: object, meanwhile: T) -> Generator[T, None, tuple[Image.I
             "path that comes back."
         )
     opened = yield from _open(image["path"], meanwhile)
-    url = image.get("url") or _url(image["path"])
-    return opened, {"path": image["path"], "url": url, "size": opened.size}
+    return opened, {"path": image["path"], "size": opened.size}
 
 
 def open_uploads(
@@ -490,14 +473,21 @@ def open_uploads(
     return images, record | {"more": paths}
 
 
-def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
-    # Whoever calls the endpoint may write any path there; only uploads and examples lie in this folder.
+def _check_upload(path: str) -> None:
+    """Refuse a path that is none of an upload or example: whoever calls the endpoints may write any there."""
     if "\0" in path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise PaliGemmaError("The picture was not uploaded to this page; please upload it.")
+    if os.path.isdir(path):
+        raise PaliGemmaError(f"{shorten(Path(path).name)} is a folder; please choose a picture.")
     if not os.path.exists(path):
         raise PaliGemmaError(f"The picture {shorten(Path(path).name)} was deleted meanwhile; please upload it again.")
+
+
+def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
+    _check_upload(path)
     is_over = Event()
     reading: Future[Image.Image] = _readers.submit(_read, path, is_over)
+    reading.add_done_callback(_give_back_later)
     try:
         while wait([reading], STATUS_SECONDS).not_done:
             yield meanwhile
@@ -507,27 +497,30 @@ def _open(path: str, meanwhile: T) -> Generator[T, None, Image.Image]:
         reading.cancel()
 
 
+def _give_back_later(_: Future[Image.Image]) -> None:
+    """Give back what an image took also where no answer follows, whose end does so too."""
+    from ..hardware import give_back_freed_memory_later  # brings torch
+
+    give_back_freed_memory_later()
+
+
 def _read(path: str, is_over: Event) -> Image.Image:
     """Read an image once there is place for it among those that are being asked about, which it takes while it lives."""
     end = time.monotonic() + MAX_HELD_SECONDS
-    while _held_pixels.total >= MAX_HELD_PIXELS and time.monotonic() < end and not is_over.wait(HELD_SECONDS):
+    while _held_pixels() >= MAX_HELD_PIXELS and time.monotonic() < end and not is_over.wait(HELD_SECONDS):
         pass
     image = open_image(path, MAX_PIXELS, lambda: not is_over.is_set())
-    _held_pixels.add(image.width * image.height)
-    weakref.finalize(image, _held_pixels.add, -image.width * image.height)
+    _held[id(image)] = image
     return image
+
+
+def _held_pixels() -> int:
+    return sum(image.width * image.height for held in _held.valuerefs() if (image := held()))
 
 
 def _url(path: str) -> str:
     """Where the page finds an uploaded file."""
     return f"gradio_api/file={quote(path)}"
-
-
-def _path(record: Record) -> str:
-    """The image of an answer; a session that began before the server did has none."""
-    if "path" not in record:
-        raise PaliGemmaError(FORGOTTEN)
-    return record["path"]
 
 
 def result(steps: Generator[object, None, T]) -> T:
@@ -543,12 +536,13 @@ def _answer(
     models: Models, checkpoint: str, images: list[Image.Image], prompt: str, settings: dict[str, Any]
 ) -> Iterator[tuple[str, list[Answer], list[rendering.MarkedObject]]]:
     """Yield how far the loading is, then the answers so far and their objects, which are a new list when they change."""
-    prompts = [line for line in map(str.strip, str(prompt or "").splitlines()) if line] or [prompt]
+    lines = prompt.splitlines() if isinstance(prompt, str) else []
+    prompts = [line for line in map(str.strip, lines) if line] or [prompt]
     with models.use(checkpoint), models.observed(checkpoint, prompts) as begun:
         for status in models.wait(checkpoint):
             yield status, [], []
         vlm = models.get(checkpoint)
-        _check_limits(vlm, len(images), prompts, settings["max_new_tokens"])
+        check_limits(vlm, len(images), prompts, settings["max_new_tokens"])
         detections: list[Detection] = []
         objects: list[rendering.MarkedObject] = []
         masks = rendering.MaskCache(vlm.decode_mask)
@@ -560,7 +554,7 @@ def _answer(
             yield "", answers, objects
 
 
-def _check_limits(vlm: VisionLanguageModel, images: int, prompts: Sequence[str], max_new_tokens: object) -> None:
+def check_limits(vlm: VisionLanguageModel, images: int, prompts: Sequence[str], max_new_tokens: object) -> None:
     """Refuse what the model could do but a shared page should not spend its time on."""
     if len(prompts) > MAX_PROMPTS:
         raise PaliGemmaError(f"These are {len(prompts)} prompts; please ask at most {MAX_PROMPTS} at once.")
@@ -573,11 +567,7 @@ def _check_limits(vlm: VisionLanguageModel, images: int, prompts: Sequence[str],
             raise PaliGemmaError(
                 f"The prompt has {len(prompt)} characters, but this page takes {MAX_PROMPT_CHARACTERS}; please shorten it."
             )
-        tokens = len(vlm.processor.input_ids(prompt, images)) - images * vlm.config.vision.num_patches
-        if tokens > MAX_PROMPT_TOKENS:
-            raise PaliGemmaError(
-                f"The prompt has {tokens} tokens, but this page takes {MAX_PROMPT_TOKENS}; please shorten it."
-            )
+        vlm.processor.input_ids(prompt, images, MAX_PROMPT_TOKENS)
 
 
 def _detections(answers: Sequence[Answer]) -> list[Detection]:
@@ -603,13 +593,14 @@ def _speed(answers: Sequence[Answer], images: int) -> str:
         return "Looking at the picture …" if images == 1 else f"Looking at {images} pictures …"
     line = f"First token after {times[0]:.2f} s"
     if len(times) > 1:
-        line += f" · {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s · {len(times)} tokens"
+        line += f" · {tokens_per_second(times):.1f} tokens/s · {len(times)} tokens"
     return line if images == 1 else f"{line} · {images} pictures, with boxes and masks on the first"
 
 
 def _new_file(record: Record, name: str) -> Path:
     """A path in the folder of uploads, for a file that the visitor may download."""
-    return Path(tempfile.mkdtemp(dir=get_upload_folder())) / f"{Path(record['path']).stem}-{name}"
+    stem = Path(record["path"]).stem.replace("\0", "")[:100]
+    return Path(tempfile.mkdtemp(dir=get_upload_folder())) / f"{stem}-{name}"
 
 
 def prepare_scenes() -> None:

@@ -20,7 +20,8 @@ import numpy as np
 
 from ..config import PaliGemmaError, is_number, shorten
 from . import drawings
-from .handlers import CLOSED, FORGOTTEN, MAX_NEW_TOKENS, Record, open_uploads, result
+from .handlers import CLOSED, check_limits, open_uploads, result
+from .records import FORGOTTEN, MAX_NEW_TOKENS, Record, read_record
 from .serving import EMBEDDED, Models, Tokens
 
 if TYPE_CHECKING:
@@ -79,9 +80,8 @@ class _Look:
         self.prompt, self.tokens = self.lines[line]
         self.view["line"] = line
         if self.tokens.ids:
-            if self.view.get("index") is None:
-                self.view["index"] = self._first_word()
-            self.number("index", len(self.tokens.ids))
+            index = self.number("index", len(self.tokens.ids))
+            self.view["index"] = self._first_word() if index is None else index
 
     @property
     def vlm(self) -> VisionLanguageModel:
@@ -96,6 +96,7 @@ class _Look:
     def ask(self, method: str, *arguments: object, **settings: object) -> Iterator[Any]:
         """What `Models.look` yields of the answer."""
         more = [{"path": path} for path in self.record["more"]]
+        check_limits(self.vlm, 1 + len(more), [self.prompt], MAX_NEW_TOKENS)
         images, _ = result(open_uploads({"path": self.record["path"]}, more, {}))
         ids = self.tokens.ids.tolist()
         return self._models.look(self.record["checkpoint"], images, self.prompt, ids, method, *arguments, **settings)
@@ -122,17 +123,17 @@ class _Look:
         return next((at for at, text in enumerate(self.texts(self.tokens)) if text.strip().isalpha()), 0)
 
 
-def toggle(models: Models, record: Record, view: View) -> Iterator[dict[str, Any]]:
-    """Open the panel, or close it."""
+def toggle(models: Models, answer: object, view: View) -> Iterator[dict[str, Any]]:
+    """Open the panel, or close it; `answer` is a record as a browser keeps it, here and below."""
     if view:
         yield CLOSED
         return
-    _checkpoint(models, record)
+    _read(models, answer)
     yield {"is_open": True, "see_inside": CLOSE, "words": '<p class="tip">Looking inside …</p>'}
-    yield from look(models, record, {}, {})
+    yield from look(models, answer, {}, {})
 
 
-def look(models: Models, record: Record, view: View, choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def look(models: Models, answer: object, view: View, choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Show what was chosen.
 
     Args:
@@ -149,7 +150,8 @@ def look(models: Models, record: Record, view: View, choice: dict[str, Any]) -> 
     }
     if changes.keys() & {"line", "index"} and "seconds" in view:
         view = {name: value for name, value in view.items() if name != "seconds"}
-    name = _checkpoint(models, record)
+    record = _read(models, answer)
+    name = record["checkpoint"]
     with models.use(name):
         for status in models.wait(name):
             yield {"words": f'<p class="tip">{escape(status)}</p>'}
@@ -162,31 +164,34 @@ def look(models: Models, record: Record, view: View, choice: dict[str, Any]) -> 
         yield _shown(looking)
 
 
-def peek(models: Models, record: Record, view: View, choice: dict[str, Any]) -> dict[str, Any]:
+def peek(models: Models, answer: object, view: View, choice: dict[str, Any]) -> dict[str, Any]:
     """The rivals of a token that is pointed at."""
-    with models.use(_checkpoint(models, record)):
+    record = _read(models, answer)
+    with models.use(record["checkpoint"]):
         looking = _Look(models, record, view | {name: choice.get(name) for name in ("line", "index")})
         return {"rivals": drawings.rivals_html(looking.seen(), looking.view["line"]) if looking.tokens.ids else ""}
 
 
-def redraw(models: Models, record: Record, view: View, settings: dict[str, Any]) -> dict[str, Any]:
+def redraw(models: Models, answer: object, view: View, settings: dict[str, Any]) -> dict[str, Any]:
     """The distribution of the chosen step under other settings."""
-    with models.use(_checkpoint(models, record)):
+    record = _read(models, answer)
+    with models.use(record["checkpoint"]):
         looking = _Look(models, record, view)
         values = {name: settings.get(name, default) for name, *_, default in SLIDERS}
         candidates = looking.seen().distribution(**values, count=drawings.MAX_BARS)
     return {"distribution": drawings.distribution_html(candidates)}
 
 
-def _checkpoint(models: Models, record: Record) -> str:
-    """The name of the one that gave an answer, which this page offers."""
-    if "tokens" not in record:
+def _read(models: Models, answer: object) -> Record:
+    """An answer that can be looked into: it has tokens, from a checkpoint that this page offers."""
+    record = read_record(answer)
+    if not record["tokens"]:
         raise PaliGemmaError(FORGOTTEN)
     if record["checkpoint"] not in models.names:
         raise PaliGemmaError(
             "This stored answer is of a checkpoint that this page does not offer; please press Run first."
         )
-    return record["checkpoint"]
+    return record
 
 
 def _branch(models: Models, looking: _Look, token_id: object) -> Iterator[dict[str, Any]]:

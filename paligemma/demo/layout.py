@@ -11,8 +11,9 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ..prompts import ENGLISH, LANGUAGES
-from .handlers import EXAMPLES, EXAMPLES_FOLDER, MAX_PROMPTS, SEE_INSIDE, SETTINGS, official_checkpoints
-from .scripts import CHOOSE_FILE, TELL_CHOICE, ZOOM
+from .handlers import EXAMPLES, EXAMPLES_FOLDER, SEE_INSIDE, SETTINGS, official_checkpoints
+from .records import MAX_PROMPTS, Record
+from .scripts import CHOOSE_FILE, KEEP_ANSWERS, TELL_CHOICE, ZOOM
 
 PANEL = ("words", "rivals", "section", "distribution")  # parts of the panel “See inside”, from top to bottom
 MORE_PICTURES = "For checkpoints trained on several pictures at once. Boxes and masks are drawn on the large one."
@@ -54,6 +55,11 @@ def thumbnails(html: str, elem_id: str, files: Sequence[str] = ()) -> gr.HTML:
     images = gr.HTML(html, js_on_load=TELL_CHOICE, elem_id=elem_id)
     images.keep_in_cache.update(files)
     return images
+
+
+def kept_answers(record: Record) -> gr.HTML:
+    """The answers that the browser keeps; its value is the record of the one that is shown, and a click has one as `choice`."""
+    return gr.HTML(record, html_template="<div></div>", js_on_load=KEEP_ANSWERS, elem_id="history")
 
 
 def prompt_row(prompt: str) -> tuple[gr.Textbox, gr.Button, gr.Button]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +129,6 @@ def _credentials(request: Request) -> tuple[str, str]:
     kind, _, encoded = request.headers.get("authorization", "").partition(" ")
     try:
         user, _, password = base64.b64decode(encoded if kind.lower() == "basic" else "").decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # no base64, or no UTF-8 in it
         return "", ""
     return user, password

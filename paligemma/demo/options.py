@@ -27,7 +27,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     add("device", "cpu, cuda or mps")
     add("dtype", "auto, float32, bfloat16, float16, or on x86 CPUs int8 or int4")
     add("tokenizer", "a tokenizer.json, or a folder that holds one, for all checkpoints but the embedded one")
-    parser.add_argument("--compile", action="store_true", help="compile the decoding step (CUDA)")
+    parser.add_argument("--compile", action="store_true", help="compile encoder, prefill and decode step (CUDA)")
     host, port = (os.environ.get(f"GRADIO_SERVER_{name}") or None for name in ("NAME", "PORT"))
     parser.add_argument("--host", default=host, help="address to listen on, such as 0.0.0.0")
     parser.add_argument("--port", type=int, default=port)

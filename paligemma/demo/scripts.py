@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from ..prompts import TASKS
 from .handlers import EXAMPLES, LINK_FIELDS
@@ -69,6 +70,13 @@ watch("value", () => {
     if (isLost) element.querySelector(`[data-choice='${latest.replaceAll("'", "\\'")}']`)?.focus({preventScroll: true});
 });
 """
+# The answers that the browser keeps, the latest first, each with a small copy of its picture, see `records`. The value of
+# this `gr.HTML` is the one that is shown; one that is not kept yet is added. A click on one has it as `choice`, after the copy
+# was uploaded if the server has the picture no more. Where storage is full or forbidden, the answers last as long as the page.
+# What comes out of it is shown as text, and checked by the server before it is used. (`gr.BrowserState` fails where storage is
+# forbidden, as in frames of other sites. Its encryption would protect nothing, since the page comes with the key; and with
+# another key at each start, all answers would be lost at each start.)
+KEEP_ANSWERS = (Path(__file__).parent / "kept_answers.js").read_text()
 CHOOSE_FILE = """() => document.querySelector("#picture input[type=file]").click()"""
 ZOOM = """() => {
     const stage = document.querySelector("#stage"), isZoomed = stage.toggleAttribute("data-zoomed");

@@ -88,7 +88,7 @@ class Models:
         self._checkpoints = {source or EMBEDDED: _Checkpoint(source or None) for source in sources}
         self._load = load
         self._free_memory = free_memory or _available_memory
-        self._answering, self._looking = borrow_gpu(self._answers_or_error), borrow_gpu(self._views_or_error)
+        self._running = borrow_gpu(self._run)
         self._lock = Lock()
         self._loads_when_asked = True
         self._is_closing = False
@@ -136,16 +136,17 @@ class Models:
             return "ending"
         if checkpoint.description:
             return "ready"
-        has_failed = checkpoint.loading is not None and checkpoint.loading.done()
-        return "failed" if has_failed else "loading"
+        loading = checkpoint.loading
+        return "failed" if loading is not None and loading.done() else "loading"
 
     def status(self, name: str) -> str:
         """What a checkpoint runs as, or how far its loading is."""
         checkpoint = self._find(name)
-        if checkpoint.loading is None:
+        loading = checkpoint.loading  # once, since another thread may unload it meanwhile
+        if loading is None:
             return "This checkpoint is loaded with the first question."
-        if checkpoint.loading.done():
-            return str(checkpoint.loading.exception() or checkpoint.description)
+        if loading.done():
+            return str(loading.exception() or checkpoint.description)
         done = "" if checkpoint.fraction is None else f" {checkpoint.fraction:.0%}"
         return f"Loading the model: {checkpoint.doing}{done} … You can already ask; the answer comes when it is ready."
 
@@ -203,7 +204,7 @@ class Models:
         self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[list[Answer]]:
         """Answer prompts with a checkpoint that is loaded and in use, see `answer_prompts`."""
-        return _until_stopped(self._answering(name, images, prompts, settings))
+        return _until_stopped(self._running(name, images, prompts, settings, answer_prompts))
 
     def look(
         self,
@@ -224,12 +225,19 @@ class Models:
         Yields:
             what it returns; of `branch` each token.
         """
-        return _until_stopped(self._looking(name, images, [prompt], settings, token_ids, method, arguments))
+        work = self._running(name, images, [prompt], settings, look_inside, token_ids, method, arguments)
+        return _until_stopped(work)
 
-    def _answers_or_error(
-        self, name: str, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
-    ) -> Generator[list[Answer] | PaliGemmaError, None, None]:
-        """Yield what `answer_prompts` yields, and an error that a caller can act on as the last value.
+    def _run(
+        self,
+        name: str,
+        images: list[Image.Image],
+        prompts: Sequence[str],
+        settings: dict[str, Any],
+        work: Callable[..., Iterator[Any]],
+        *arguments: object,
+    ) -> Generator[Any, None, None]:
+        """Yield what `work` yields of a model, and an error that a caller can act on as the last value.
 
         On ZeroGPU this runs in a fork, from which values come back whole, but of exceptions only their class. It takes
         no lock, since another thread may have held that one at the fork.
@@ -237,34 +245,7 @@ class Models:
         vlm = self._checkpoints[name].vlm
         assert vlm is not None, name
         try:
-            yield from answer_prompts(vlm, images, prompts, settings)
-        except PaliGemmaError as error:
-            yield error
-
-    def _views_or_error(
-        self,
-        name: str,
-        images: list[Image.Image],
-        prompts: Sequence[str],
-        settings: dict[str, Any],
-        token_ids: Sequence[int],
-        method: str,
-        arguments: Sequence[object],
-    ) -> Generator[Any, None, None]:
-        """As `_answers_or_error`, of what `look` yields."""
-        vlm = self._checkpoints[name].vlm
-        assert vlm is not None, name
-        try:
-            if method == "inspect_encoder":
-                yield vlm.inspect_encoder(images[0], *arguments)  # type: ignore[arg-type]  # it checks it
-                return
-            answer = vlm.resume(images, prompts[0], token_ids)
-            images.clear()
-            seen = getattr(answer, method)(*arguments, **settings)
-            if method == "branch":
-                yield from seen
-            else:
-                yield seen
+            yield from work(vlm, images, prompts, settings, *arguments)
         except PaliGemmaError as error:
             yield error
 
@@ -318,9 +299,9 @@ def _until_stopped(steps: Generator[Any, None, None]) -> Iterator[Any]:
 
 def _describe(vlm: VisionLanguageModel) -> str:
     """What a model runs in and on, and why not on a GPU where there is one that torch cannot use."""
-    from ..hardware import unused_gpu  # brings torch
+    from ..hardware import dtype_name, unused_gpu  # brings torch
 
-    dtype = str(vlm.weight_dtype).removeprefix("torch.")
+    dtype = dtype_name(vlm.weight_dtype)
     description = f"It runs in {dtype} on {vlm.device}{LESS_EXACT if dtype == 'int4' else ''}."
     problem = unused_gpu() if vlm.device.type == "cpu" else None
     if problem:
@@ -390,15 +371,6 @@ class Answer:
         self.text += token.text
         self.annotated.push(token.text)
 
-    @property
-    def seconds_to_first_token(self) -> float | None:
-        return self.times[0] if self.times else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """After the first token, which waits for the vision encoder."""
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else None
-
 
 def answer_prompts(
     vlm: VisionLanguageModel, images: list[Image.Image], prompts: Sequence[str], settings: dict[str, Any]
@@ -441,6 +413,33 @@ def answer_prompts(
             _log(answer, size, "finished" if answer.is_finished else outcome)
 
 
+def look_inside(
+    vlm: VisionLanguageModel,
+    images: list[Image.Image],
+    prompts: Sequence[str],
+    settings: dict[str, Any],
+    token_ids: Sequence[int],
+    method: str,
+    arguments: Sequence[Any],
+) -> Iterator[Any]:
+    """See `Models.look`; there is one prompt."""
+    if method == "inspect_encoder":
+        yield vlm.inspect_encoder(images[0], *arguments)
+        return
+    answer = vlm.resume(images, prompts[0], token_ids)
+    images.clear()
+    seen = getattr(answer, method)(*arguments, **settings)
+    if method == "branch":
+        yield from seen
+    else:
+        yield seen
+
+
+def tokens_per_second(times: Sequence[float]) -> float:
+    """Of tokens that came at these seconds, two or more; the first waits for the vision encoder, and does not count."""
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
 def task_word(prompt: str) -> str:
     """The first word of a prompt's task; of any other prompt `FREE_QUESTION`."""
     task = task_of(str(prompt))
@@ -448,14 +447,14 @@ def task_word(prompt: str) -> str:
 
 
 def _log(answer: Answer, size: tuple[int, int], outcome: str) -> None:
-    first, rate = answer.seconds_to_first_token, answer.tokens_per_second
+    times = answer.times
     log.info(
         "task=%s picture=%dx%d prompt_characters=%d tokens=%d first_token=%s tokens_per_second=%s outcome=%s",
         task_word(answer.prompt),
         *size,
         len(answer.prompt),
-        len(answer.times),
-        "-" if first is None else f"{first:.3f}s",
-        "-" if rate is None else f"{rate:.1f}",
+        len(times),
+        f"{times[0]:.3f}s" if times else "-",
+        f"{tokens_per_second(times):.1f}" if len(times) > 1 else "-",
         outcome,
     )

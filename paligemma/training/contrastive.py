@@ -35,7 +35,7 @@ from ..scenes.colors import COLORS
 from ..scenes.painter import Painter
 from ..scenes.questions import caption, caption_of_one
 from ..siglip import SiglipVisionModel
-from .data import images_of, read_rows, text_of
+from .data import hold_back, images_of, read_rows, text_of
 from .loop import Run
 from .losses import clip_loss, siglip_loss
 from .plot import draw_matrices
@@ -275,15 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train both towers, print how well pairs find each other, and write them to `options.output`."""
     device = choose_device(options.device)
-    pairs = None if options.data is None else split_pairs(options.data, options.held_back)
-    processor = processor_of(replace(VISION, image_size=options.image_size))
-    if pairs is None:
-        own: list[tuple[Path, str]] = []
+    own: list[tuple[Path, str]] = []
+    if options.data is None:
         held_back = draw_pairs(Painter(load_sheet()), [EVALUATION_SEED], EVALUATION_CROPS, options.image_size)
-        texts = [text for _, text in held_back]
     else:
-        own, held_back = pairs
-        texts = [text for _, text in own]
+        own, measured = hold_back(read_pairs(options.data), options.held_back, TRAINING_SEED)
+        held_back = open_pairs(measured)
+    processor = processor_of(replace(VISION, image_size=options.image_size))
+    texts = [text for _, text in own or held_back]
     longest = max(len(ids.ids) for ids in processor.tokenizer.encode_batch(texts, add_special_tokens=False))
     torch.manual_seed(0)
     towers = Towers(processor, options.loss, min(MAX_TEXT_TOKENS, max(16, longest))).to(device)
@@ -298,16 +297,6 @@ def train(options: argparse.Namespace) -> None:
     after = towers.similarity(*zip(*drawn))
     draw_matrices({"before": before.numpy(), "after": after.numpy()}, options.output / "similarity.png")
     towers.save(options.output)
-
-
-def split_pairs(path: Path, share: float) -> tuple[list[tuple[Path, str]], list[Pair]]:
-    """The pairs of a file to learn from, and those to measure on."""
-    pairs = read_pairs(path)
-    count = round(share * len(pairs))
-    if not 0 < count < len(pairs):
-        raise PaliGemmaError(f"A share of {share} of {len(pairs)} pairs cannot be held back; please give another.")
-    order = np.random.default_rng(TRAINING_SEED).permutation(len(pairs))
-    return [pairs[one] for one in order[count:]], open_pairs([pairs[one] for one in order[:count]])
 
 
 if __name__ == "__main__":

@@ -226,6 +226,22 @@ class ExampleSteps(Dataset[list[tuple[Batch, float]]]):
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
 
 
+def hold_back(rows: Sequence[RowT], share: float, seed: int) -> tuple[list[RowT], list[RowT]]:
+    """The rows to learn from, and a share of them to measure on, which the seed chooses.
+
+    Raises:
+        PaliGemmaError: the share leaves no row on one of the two sides.
+    """
+    count = round(share * len(rows)) if 0 < share < 1 else 0
+    if not 0 < count < len(rows):
+        raise PaliGemmaError(
+            f"A share of {share} of {len(rows)} rows cannot be held back; please give one between 0 and 1 that leaves rows "
+            "on both sides."
+        )
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[row] for row in order[count:]], [rows[row] for row in order[:count]]
+
+
 def batches(processor: Processor, examples: Sequence[Example], rows_at_once: int) -> Iterator[Batch]:
     """All examples, so many at once; only those with as many images go together."""
     by_images = sorted(examples, key=lambda example: len(example.images))

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -28,7 +27,7 @@ from ..generation import VisionLanguageModel
 from ..hardware import LARGE, choose_device, explained_lack_of_memory
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from ..model import PaliGemma
-from .data import Batch, Example, ExampleSteps, batches, read_examples
+from .data import Batch, Example, ExampleSteps, batches, hold_back, read_examples
 from .evaluate import answer_figures
 from .loop import SAVE_EVERY, Log, Run, checkpoint_gradients
 from .lora import PARTS, add_lora, lora_matrices, target_modules
@@ -85,7 +84,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     kind.add_argument("--lora", type=_positive, metavar="RANK", default=8, help="learn an adapter (default: rank 8)")
     kind.add_argument("--full", action="store_true", help="learn the weights themselves")
     add("--freeze", nargs="*", choices=list(PARTS), default=["encoder"], help="parts that stay as they are")
-    add("--held-back", default="0.1", help="a share of the rows, or another such file, to measure on (default: 0.1)")
+    add(
+        "--held-back",
+        type=_share_or_file,
+        default="0.1",
+        help="a share of the rows, or another such file, to measure on (default: 0.1)",
+    )
     add("--epochs", type=_positive, default=3, help="how often each row is seen (default: 3)")
     add("--batch-size", type=_positive, default=8, help="rows a step learns from (default: 8)")
     add("--rows-at-once", type=_positive, help="of them, what goes through the model at once (default: all)")
@@ -102,10 +106,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
+    return int(text)
+
+
+def _share_or_file(text: str) -> float | Path:
+    try:
+        return float(text)
+    except ValueError:
+        return Path(text)
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -161,25 +171,9 @@ def load_to_train(options: argparse.Namespace) -> VisionLanguageModel:
 def split_examples(options: argparse.Namespace, vlm: VisionLanguageModel) -> tuple[list[Example], list[Example]]:
     """The rows to learn from, and those to measure on: of another file, or a share that the seed chooses."""
     examples = read_examples(options.data, vlm.processor)
-    if not _is_number(options.held_back):
-        return examples, read_examples(Path(options.held_back), vlm.processor)
-    share = float(options.held_back)
-    count = round(share * len(examples))
-    if not 0 < share < 1 or not 0 < count < len(examples):
-        raise PaliGemmaError(
-            f"A share of {options.held_back} of {len(examples)} rows cannot be held back; please give one between 0 and "
-            "1 that leaves rows on both sides, or another file."
-        )
-    order = np.random.default_rng(options.seed).permutation(len(examples))
-    return [examples[row] for row in order[count:]], [examples[row] for row in order[:count]]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    if isinstance(options.held_back, Path):
+        return examples, read_examples(options.held_back, vlm.processor)
+    return hold_back(examples, options.held_back, options.seed)
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..checkpoints.weights import ignore
 from ..config import PaliGemmaError
 
 WARM_UP_STEPS = 100
@@ -28,10 +29,6 @@ LOG_EVERY = 25
 LOSS_SMOOTHING = 0.98
 
 BatchT = TypeVar("BatchT")
-
-
-def ignore() -> None:
-    """What is done before a save where there is nothing to do."""
 
 
 class Log:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,26 +16,15 @@ if TYPE_CHECKING:
 NO_LABEL = -100
 
 
-def prefix_lm_loss(hidden_states: Tensor, labels: Tensor, output_layer: Callable[[Tensor], Tensor]) -> Tensor:
+def answer_loss(model: PaliGemma, batch: Batch) -> Tensor:
     """Teacher forcing: the mean negative log-likelihood of each answer token, given the prefix and all true ones before.
 
-    Args:
-        hidden_states: float [B, T, width], the decoder's last.
-        labels: int64 [B, T], the next token at each position, `NO_LABEL` where it is not part of an answer.
-        output_layer: maps float [N, width] to logits, [N, vocab]; only labeled positions go through it.
-
-    Returns:
-        float32 scalar, in nats.
+    Only labeled positions go through the output layer. Returns a float32 scalar, in nats.
     """
-    labeled = labels != NO_LABEL
-    return F.cross_entropy(output_layer(hidden_states[labeled]).float(), labels[labeled])
-
-
-def answer_loss(model: PaliGemma, batch: Batch) -> Tensor:
-    """`prefix_lm_loss` of a model on a batch: float32 scalar, in nats."""
     features = model.image_features(batch.pixel_values.to(model.dtype))
     hidden_states = model.hidden_states(features, batch.input_ids, batch.prefix_lengths, batch.attention_mask)
-    return prefix_lm_loss(hidden_states, batch.labels, model.logits)
+    labeled = batch.labels != NO_LABEL
+    return F.cross_entropy(model.logits(hidden_states[labeled]), batch.labels[labeled])
 
 
 def siglip_loss(

@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scene_figures import FIGURES, draw_scenes, evaluate
+
 import paligemma
 from paligemma.scenes.artwork import load_sheet
 from paligemma.scenes.painter import Painter
-from paligemma.training.evaluate import FIGURES, draw_scenes, evaluate
 
 
 def main() -> None:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scene_figures import draw_scenes
+
 import paligemma
 from paligemma.quantization import dequantize, quantize
 from paligemma.scenes.artwork import load_sheet
 from paligemma.scenes.painter import Painter
 from paligemma.scenes.questions import CAPTION_PROMPT, count_prompt, detect_prompt, segment_prompt
-from paligemma.training.evaluate import draw_scenes
 
 
 def rounded(weight: Tensor) -> Tensor:

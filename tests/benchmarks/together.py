@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32, help="of each answer that is timed")
+    parser.add_argument("--newcomers", type=int, default=12, help="who come beside four, and as many who come alone")
     options = parser.parse_args()
     vlm = paligemma.load(options.folder, dtype=options.dtype)
     never_ending(vlm)
@@ -115,8 +116,10 @@ def main() -> None:
     for rows, measured in rates.items():
         rate = statistics.median(measured)
         print(f"{rows:3} rows {rate:8.1f} tokens/s  {rate / alone:5.2f} × one row")
-    together = [newcomer(vlm, source, 4, options.tokens // 4) for _ in range(options.rounds)]
-    apart = [newcomer(vlm, source, 0, 0)[0] for _ in range(options.rounds)]
+    together, apart = [], []
+    for _ in range(options.newcomers):
+        together.append(newcomer(vlm, source, 4, options.tokens // 4))
+        apart.append(newcomer(vlm, source, 0, 0)[0])
     seconds = statistics.median(first for first, _ in together)
     print(f"newcomer's first token: {seconds:.3f} s beside four, {seconds / statistics.median(apart):.2f} × alone")
     print(f"slowest gap of a running answer meanwhile: {statistics.median(gap for _, gap in together):.2f} × usual")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest.mock import ANY
 
 import httpx
@@ -23,7 +24,7 @@ from PIL import Image
 
 import app
 from paligemma.annotations import find_detections
-from paligemma.demo import streaming
+from paligemma.demo import hosting, streaming
 from paligemma.demo.blocks import Page
 from paligemma.demo.streaming import MAX_UNREAD
 from paligemma.sequence import MAX_AHEAD
@@ -224,6 +225,25 @@ def test_an_answer_that_nobody_reads_for_long_is_given_up(serve, watched, monkey
     assert "please ask again" in stream
 
 
+def test_images_are_gone_after_the_kept_time_also_when_a_folder_was_named_as_an_image(
+    serve, tiny, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(hosting, "CLEAN_UP_SECONDS", 0.1)
+    with hosting.own_upload_folder() as folder:
+        address = serve(tiny)
+        (page,) = [one for one in gc.get_objects() if isinstance(one, Page) and one.local_url == address]
+        examples = page.own_files()
+        Image.new("RGB", (448, 448), "navy").save(tmp_path / "navy.png")
+        path, meta = uploaded_path(address, tmp_path / "navy.png"), {"meta": {"_type": "gradio.FileData"}}
+        assert Path(path).is_relative_to(folder)
+        for named in ({"path": str(Path(path).parent)}, {"path": str(Path(path).parent)} | meta):
+            assert re.match(".* is a folder|This call failed", error_of_call(address, [named, "caption en"]))
+        assert end_of_call(address, [{"path": path} | meta, "caption en"])[0] == "event: complete"
+        with hosting.cleaned_up(folder, 1, examples):
+            wait_until(lambda: not Path(path).exists(), seconds=20)
+        assert all(Path(one).exists() for one in examples)
+
+
 def test_a_call_that_is_too_long_gets_one_sentence(page_address):
     sentence = "This request is longer than 128 kB; please upload files, shorten texts."
     data = json.dumps({"data": [{"path": "x"}, "a" * 200_000, 8, 0, 0, 1, None]}).encode()
@@ -232,6 +252,26 @@ def test_a_call_that_is_too_long_gets_one_sentence(page_address):
             f"{page_address}gradio_api/call/generate", content=content, headers={"content-type": "application/json"}
         )
         assert (answer.status_code, answer.json()["detail"]) == (413, sentence)
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status"),
+    [
+        ("queue/join", {"data": [], "fn_index": 9999, "session_hash": "x"}, 500),
+        ("call/nothing", {"data": []}, 500),
+        ("run/predict", {"data": [], "fn_index": 9999}, 500),
+        ("run/caption", {"data": [{"path": "x"}, "en"]}, 404),  # which would go past the queue
+    ],
+)
+def test_a_request_for_what_there_is_not_gets_a_sentence_and_leaves_no_traceback(
+    page_address, caplog, route, body, status
+):
+    answer = httpx.post(f"{page_address}gradio_api/{route}", json=body)
+    assert answer.status_code == status
+    assert re.match(
+        "This call failed; please call as|This API endpoint does not accept direct", answer.json()["detail"]
+    )
+    assert all(record.exc_info is None for record in caplog.records)
 
 
 def test_of_a_program_s_call_nothing_stays_on_the_server(serve, tiny):
@@ -269,7 +309,7 @@ def files(tmp_path_factory):
         ),
         ("good", "", "The prompt is empty; please ask something, for example: caption en"),
         ("good", "cat " * 25_000, "The prompt has 99999 characters, but this page takes 4096; please shorten it."),
-        ("good", "cat " * 600, "The prompt has 60.* tokens, but this page takes 512; please shorten it."),
+        ("good", "cat " * 600, "The prompt has 60.* tokens, but 512 fit; please shorten it."),
         ("good", "detect <image>", "The prompt contains the reserved token <image>; please remove it."),
     ],
 )
@@ -315,9 +355,9 @@ def test_a_call_without_an_uploaded_image_or_with_too_few_values_gets_one_senten
     assert re.match(sentence, error_of_call(page_address, data))
 
 
-def uploaded_path(address):
-    """Upload the picture by plain HTTP, as any program may; returns the server's path of it."""
-    answer = httpx.post(f"{address}gradio_api/upload", files={"files": PICTURE.open("rb")})
+def uploaded_path(address, picture=PICTURE):
+    """Upload a picture by plain HTTP, as any program may; returns the server's path of it."""
+    answer = httpx.post(f"{address}gradio_api/upload", files={"files": picture.open("rb")})
     return answer.json()[0]
 
 
@@ -389,6 +429,7 @@ def test_an_agent_finds_the_tools_and_calls_one(serve, tiny):
             return tools, result, await session.call_tool("caption", {"image": "http://127.0.0.1:9/x.png"})
 
     tools, result, refused = run_async(call())
+    assert httpx.post(f"{address}gradio_api/mcp/", content=bytes(33_000_000)).status_code == 413
     by_name = {tool.name.removeprefix("app_"): tool for tool in tools}
     assert set(by_name) == {"generate", "inspect", "caption", "detect", "segment"}
     assert "boxes" in by_name["detect"].description

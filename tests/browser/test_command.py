@@ -283,10 +283,14 @@ def test_uploads_go_when_the_page_does_and_a_full_disk_is_said(tmp_path):
     assert not list(tmp_path.glob("paligemma-*"))
 
 
-def call_as_the_page(client, event, data):
-    """How a call of one of the page's functions ends, by its number in the page's configuration."""
+def call_as_the_page(client, event, data, choice):
+    """How a call of one of the page's functions ends, by its number in the page's configuration.
+
+    Args:
+        choice: what a click on the page's own HTML brings with it.
+    """
     session = str(uuid.uuid4())
-    call = {"data": data, "fn_index": event["id"], "session_hash": session}
+    call = {"data": data, "fn_index": event["id"], "session_hash": session, "event_data": {"choice": choice}}
     assert client.post("/queue/join", json=call).status_code == 200
     with client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
         message = next(line for line in stream.iter_lines() if "process_completed" in line)
@@ -305,7 +309,7 @@ def test_no_call_gets_an_error_without_a_sentence_or_leaves_its_values_in_the_lo
                 [None] * inputs,
                 [99] * inputs,
             ):
-                end = call_as_the_page(client, event, data)
+                end = call_as_the_page(client, event, data, data)
                 assert end["success"] or end["output"]["error"], (event["api_name"], data)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
@@ -327,11 +331,16 @@ def test_ten_thousand_odd_calls_leave_no_traceback_and_a_page_that_answers(tmp_p
         files = [
             {"path": one, "meta": meta} for one in (path, "/etc/passwd", os.path.dirname(path), "", "http://[::1]")
         ]
+        record = {"path": path, "more": [], "size": [448, 448], "checkpoint": "embedded"}
+        record |= {"answers": [["ocr", "<loc0000><loc0000><loc0512><loc0512> cat"]]}
+        record |= {"tokens": [{"ids": [5, 6], "probabilities": [0.5, 0.5]}]}
         prompts = ["caption en", "detect cat ; dog", "segment cat", "ocr", "caption en\nocr", "<image>", "x" * 5_000]
         numbers = (
             st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([10**400, -1, 2**64])
         )
-        plain = st.none() | st.booleans() | numbers | st.text() | st.sampled_from([*prompts, "embedded", *files])
+        plain = (
+            st.none() | st.booleans() | numbers | st.text() | st.sampled_from([*prompts, "embedded", *files, record])
+        )
         values = st.recursive(plain, lambda one: st.lists(one) | st.dictionaries(st.text(), one), max_leaves=8)
 
         @settings(max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -341,7 +350,7 @@ def test_ten_thousand_odd_calls_leave_no_traceback_and_a_page_that_answers(tmp_p
             inputs = len(event["inputs"])
             length = data.draw(st.sampled_from([inputs, inputs, inputs, inputs - 1, inputs + 1]))
             given_values = data.draw(st.lists(values, min_size=max(0, length), max_size=max(0, length)))
-            end = call_as_the_page(client, event, given_values)
+            end = call_as_the_page(client, event, given_values, data.draw(values))
             assert end["success"] or end["output"]["error"]
 
         call_oddly()
@@ -358,6 +367,15 @@ def test_an_interruption_ends_without_a_traceback():
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
         assert "Traceback" not in process.stdout.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_modules_are_imported_ends_at_once_and_without_a_word(number):
+    process = run_app()
+    wait_until(lambda: any("numpy" in one.path for one in psutil.Process(process.pid).memory_maps()))
+    process.send_signal(number)
+    assert process.communicate(timeout=10)[0] == ""
+    assert process.returncode == -number, "of which a shell makes 130 and 143"
 
 
 def test_a_checkpoint_that_is_not_there_ends_with_one_sentence():

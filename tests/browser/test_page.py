@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from playwright.sync_api import expect
 
 import app
 from paligemma.demo import handlers
+from paligemma.demo.blocks import Page
 from paligemma.demo.handlers import SETTINGS, read_settings
 from paligemma.demo.hosting import delete_old_files, own_upload_folder
 from paligemma.demo.serving import EMBEDDED, Models
@@ -159,7 +161,7 @@ def test_further_pictures_are_asked_about_with_the_first_and_come_back_with_the_
     tab.locator("#more-pictures").get_by_label("Clear").click()
     tab.click("#run")
     expect(tab.locator(TEXT)).to_have_text(alone, timeout=20_000)
-    tab.locator("#history button").nth(1).click()
+    tab.locator("#history .thumbnails button").nth(1).click()
     expect(tab.locator("#more-pictures img")).to_be_visible()
     expect(tab.locator(TEXT)).to_have_text(both)
 
@@ -236,7 +238,8 @@ def test_downloads_are_deleted_with_the_uploaded_files(tiny):
     with own_upload_folder() as folder:
         page = app.build_page(Models([None], lambda source, **_: tiny))
         shutil.copy(PICTURE, folder)
-        record = {"path": str(folder / PICTURE.name), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
+        record = {"path": str(folder / PICTURE.name), "more": [], "size": [448, 448], "checkpoint": EMBEDDED}
+        record |= {"answers": [["detect cat", f"{BOX} cat"]], "tokens": []}
         for name in ("save_image", "save_objects"):
             path = next(event.fn for event in page.fns.values() if event.name == name)(record)
             assert Path(path).stat().st_size
@@ -316,6 +319,95 @@ def test_history_brings_an_earlier_answer_back(open_page, page_address, tiny):
     expect(tab.locator(TEXT)).to_have_text(tiny.generate(PICTURE, "detect cat"))
     expect(tab.locator(PROMPT)).to_have_value("detect cat")
     expect(tab.locator("#figure rect.box").first).to_be_visible()
+
+
+def test_answers_stay_in_the_browser_when_the_page_is_loaded_anew_and_the_server_started_anew(
+    open_page, serve, tiny, tmp_path
+):
+    large, prompt = tmp_path / "large.png", "detect cat"
+    Image.open(PICTURE).resize((900, 900)).save(large)
+    answer = tiny.generate(large, prompt)
+    address = serve(tiny)
+    tab = open_page(address)
+    upload(tab, large)
+    ask(tab, prompt)
+    choice = tab.locator("#history").get_by_role("button", name=prompt)
+    expect(choice).to_be_visible(timeout=20_000)
+    expect(choice.locator("img")).to_have_attribute("src", re.compile("^data:image/jpeg;base64,"))
+    path = json.loads(tab.evaluate("localStorage['paligemma-answers']"))[0]["path"]
+    (page,) = [one for one in gc.get_objects() if isinstance(one, Page) and one.local_url == address]
+    page.close()
+    Path(path).unlink()
+    assert serve(tiny, server_port=int(address.rstrip("/").rpartition(":")[2])) == address
+
+    def saved(button):
+        with tab.expect_download() as download:
+            tab.click(button)
+        return download.value.path()
+
+    assert len(json.loads(saved("#as-json").read_text())) == answer.count(";") + 1
+    tab.click("#as-picture")
+    expect(tab.get_by_text("The picture large.png was deleted meanwhile")).to_be_visible(timeout=20_000)
+    tab.reload()
+    expect(tab.locator(TEXT)).to_have_text(handlers.EXAMPLES[0]["answer"])
+    choice.click()
+    expect(tab.locator(TEXT)).to_have_text(answer, timeout=20_000)
+    expect(tab.locator("#picture img")).to_have_attribute("src", re.compile("large.jpg"))
+    expect(tab.locator("#figure rect.box")).to_have_count(answer.count(";") + 1)
+    assert Image.open(saved("#as-picture")).size == (448, 448), "a copy of the browser's own"
+    tab.get_by_role("button", name="See inside").click()
+    expect(tab.locator("#inside-rivals .bar span").first).to_have_text("␣cat", timeout=20_000)
+    tab.get_by_role("button", name="Clear", exact=True).click()
+    expect(choice).to_have_count(0)
+    assert tab.evaluate("localStorage['paligemma-answers']") == "[]"
+
+
+def test_of_what_was_put_into_the_browsers_storage_nothing_is_run_fetched_or_opened(open_page, page_address):
+    markup = "<img src=x onerror='document.title=1'>"
+    kept = {"path": f"/etc/{markup}", "more": [], "size": [448, 448], "checkpoint": "embedded", "tokens": []}
+    kept |= {"answers": [[markup, markup]], "picture": "https://other.example/x.png"}
+    entries = [
+        kept,
+        kept | {"picture": f"data:text/html,{markup}"},
+        kept | {"answers": [[{}, 5]]},
+        None,
+        5,
+        [],
+        {},
+        "x",
+    ]
+    tab = open_page(page_address)
+    expect(tab.locator(TEXT)).to_be_visible()
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    for stored, count in ((json.dumps([kept] * 20), 8), ('{"length": 1}', 0), ("{", 0), (json.dumps(entries), 2)):
+        tab.evaluate(
+            """(text) => {
+                localStorage["paligemma-answers"] = text;
+                window.dispatchEvent(new StorageEvent("storage", {key: "paligemma-answers"}));
+            }""",
+            stored,
+        )
+        expect(tab.locator("#history .thumbnails button")).to_have_count(count)
+    tab.reload()
+    expect(tab.locator("#history .thumbnails button").first).to_have_text(markup)
+    tab.locator("#history .thumbnails button").first.click()
+    expect(tab.get_by_text("is not in the cache folder")).to_be_visible(timeout=20_000)
+    assert tab.title() == app.TITLE
+    assert not [url for url in asked if "other.example" in url]
+    expect(tab.locator(TEXT)).to_have_text(handlers.EXAMPLES[0]["answer"])
+
+
+def test_where_storage_is_forbidden_answers_last_as_long_as_the_page(browser, page_address, tiny):
+    context = browser.new_context()
+    context.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no'); }})")
+    tab = context.new_page()
+    tab.goto(page_address)
+    upload(tab, PICTURE)
+    ask(tab, "caption en")
+    tab.locator("#history").get_by_text("caption en").click(timeout=20_000)
+    expect(tab.locator(TEXT)).to_have_text(tiny.generate(PICTURE, "caption en"))
+    context.close()
 
 
 def test_a_new_scene_is_drawn_and_answered(open_page, page_address):

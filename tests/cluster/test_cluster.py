@@ -123,10 +123,28 @@ def read(answers, texts, errors, number):
         errors[number] = str(error)
 
 
-@pytest.mark.parametrize("look", ["resume", "inspect_encoder"])
-def test_what_a_replica_does_not_show_is_said(remote, look):
-    with pytest.raises(PaliGemmaError, match="to start it without --cluster"):
-        getattr(remote, look)([EXAMPLES / "cats.png"], "caption en", [5])
+def test_looking_inside_shows_what_the_model_itself_shows(either, local):
+    image, own = EXAMPLES / "cats.png", local[0]
+    made = own.stream(image, PROMPTS[0], max_new_tokens=6)
+    ids = [token.id for token in made]
+    answers = [vlm.resume([image], PROMPTS[0], ids) for vlm in (own, either)]
+    here, there = (answer.inspect(3) for answer in answers)
+    assert (there.token.id, there.token.text, there.spans) == (here.token.id, here.token.text, here.spans)
+    assert [entry.id for entry in there.lens] == [entry.id for entry in here.lens]
+    assert np.allclose(there.attention, here.attention, atol=1e-6)
+    rival = here.rivals[0].id
+    branches = [[token.id for token in answer.branch(3, rival, max_new_tokens=12)] for answer in answers]
+    assert branches[0][0] == rival
+    assert branches[0] == branches[1]
+    assert [len(answer.seconds_without_cache()) for answer in answers] == [6, 6]
+    assert [step.name for step in answers[1].walk_through()] == [step.name for step in answers[0].walk_through()]
+    encoders = [vlm.inspect_encoder(image, 3).attention for vlm in (own, either)]
+    assert np.allclose(*encoders, atol=1e-6)
+
+
+def test_what_cannot_be_looked_at_is_said(either):
+    with pytest.raises(PaliGemmaError, match="There is no token 9"):
+        either.resume(EXAMPLES / "cats.png", PROMPTS[0], [5]).inspect(9)
 
 
 def test_answers_equal_those_of_the_model_itself(either, local):

@@ -200,6 +200,15 @@ def test_an_adapter_is_fetched_with_its_base_and_only_what_it_takes(hub, small, 
     assert f"The Hub knows no repository {NAME}" in refusal("ada/adapter")
 
 
+def test_all_files_are_those_of_one_commit_though_a_branch_may_move(hub, small):
+    hub.add(NAME, small)
+    paligemma.load(NAME, device="cpu")
+    paths = [path for _, path, _ in hub.requests]
+    described = max(place for place, path in enumerate(paths) if path.endswith("/config.json"))
+    assert any(path.endswith("/model.safetensors") for path in paths[described:])
+    assert not [path for path in paths[described + 1 :] if "/main" in path]
+
+
 def test_progress_of_fetching_goes_up_to_the_whole(hub, small):
     hub.add(NAME, small)
     reports = []

@@ -6,12 +6,11 @@ import json
 import re
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
-from random_checkpoints import make_reference, save_reference
+from random_checkpoints import make_reference, reference_inputs, save_reference
 from safetensors.torch import load_file, save_file
 from test_parity import LOGITS_BOUND, random_rows
 from transformers import PaliGemmaForConditionalGeneration
@@ -90,14 +89,8 @@ def distance(vlm, reference):
     """The largest difference of logits, of a padded row and one that is not."""
     pixel_values, input_ids, attention_mask = random_rows(vlm.config, [20, 12])
     prefix_lengths = vlm.config.vision.num_patches + torch.tensor([5, 4])
-    expected = reference(
-        pixel_values=pixel_values,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        token_type_ids=(torch.arange(input_ids.shape[1]) >= prefix_lengths[:, None]).long(),
-    ).logits
-    logits = vlm.model(pixel_values, input_ids, prefix_lengths, attention_mask)
-    return (logits - expected)[attention_mask].abs().max()
+    rows = pixel_values, input_ids, prefix_lengths, attention_mask
+    return (vlm.model(*rows) - reference(**reference_inputs(*rows)).logits)[attention_mask].abs().max()
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
@@ -126,8 +119,7 @@ def test_an_adapter_that_is_given_as_the_model_names_its_base(tmp_path, family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", ["all linear layers", "output layer adapted", "token embedding adapted"])
-def test_an_adapter_is_merged_before_weights_are_rounded_to_int8(base, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+def test_an_adapter_is_merged_before_weights_are_rounded_to_int8(base, tmp_path, settings):
     make_adapter(base, tmp_path / "adapter", **SETTINGS[settings])
     merged = paligemma.load(base, adapter=tmp_path / "adapter")
     save_checkpoint(merged.model, merged.processor.tokenizer, tmp_path / "merged", torch.float32)
@@ -143,8 +135,7 @@ def test_an_adapter_is_merged_before_weights_are_rounded_to_int8(base, tmp_path,
 
 
 @torch.no_grad()
-def test_an_adapter_is_merged_before_weights_are_rounded_to_int4(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+def test_an_adapter_is_merged_before_weights_are_rounded_to_int4(base, tmp_path):
     make_adapter(base, tmp_path / "adapter", **SETTINGS["all linear layers"])
     merged = paligemma.load(base, adapter=tmp_path / "adapter")
     save_checkpoint(merged.model, merged.processor.tokenizer, tmp_path / "merged", torch.float32)
@@ -260,6 +251,11 @@ def test_what_is_no_whole_adapter_is_refused_with_a_sentence(base, tmp_path):
 
     save_file({key: tensor for key, tensor in stored.items() if "0.self_attn.q_proj.lora_B" not in key}, weights)
     assert "one of the two matrices of" in refusal(base, adapter=tmp_path / "adapter")
+    for damage in (torch.Tensor.flatten, lambda matrix: matrix[:0], lambda matrix: matrix[1:].contiguous()):
+        save_file(
+            {key: damage(one) if "0.self_attn.q_proj.lora_A" in key else one for key, one in stored.items()}, weights
+        )
+        assert "which are none of LoRA" in refusal(base, adapter=tmp_path / "adapter")
     weights.write_bytes(weights.read_bytes()[:100])
     assert "truncated or damaged" in refusal(base, adapter=tmp_path / "adapter")
     weights.unlink()

@@ -6,14 +6,22 @@ from benchmarks.full_size import checkpoint, file_bytes, prefill_once, run_alone
 
 GB = 1e9
 TOLERANCE = 0.04  # of the norm; each library is about 0.011 away from float32 at this depth, and as far from the other
+# Of int8 with float32. PaliGemma 2 has 26 layers where the first has 18, and the norm after each branch makes the branches of
+# random weights count more beside what they are added to: both widen the distance, in bfloat16 as well.
+LEAST_COSINE = {"gemma": 0.999, "gemma2": 0.995}
 
 pytestmark = pytest.mark.slow  # 18 GB on disk, 13 GB of memory, minutes where the CPU has no bfloat16 instructions
 
 
 @pytest.fixture(scope="session", params=["gemma", "gemma2"])
-def folder(request):
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(family):
     """A checkpoint of each generation, kept for the next run: making it takes longer than reading it."""
-    return checkpoint("3b", family=request.param)
+    return checkpoint("3b", family=family)
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +58,8 @@ def test_int8_holds_less_than_a_free_space_has(int8):
     assert peak <= 4.5 * GB
 
 
-def test_int8_logits_are_nearly_those_of_float32(folder, int8):
+def test_int8_logits_are_nearly_those_of_float32(family, folder, int8):
     exact, _, _ = run_alone(prefill_once, "paligemma", folder, "float32")
     logits, _, _ = int8
     cosine = logits @ exact / (np.linalg.norm(logits) * np.linalg.norm(exact))
-    assert cosine >= 0.999
+    assert cosine >= LEAST_COSINE[family]

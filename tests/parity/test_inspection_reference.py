@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_checkpoints import reference_inputs
 from test_parity import FAMILIES, random_image
 
 PROMPT = "answer en how many cats are there?"
@@ -15,15 +16,9 @@ def reference_of(reference, vlm, images, answer_ids):
     """The reference's outputs over a whole answer, with attention and hidden states, and the length of its prefix."""
     prefix = vlm.processor.input_ids(PROMPT, len(images))
     input_ids = torch.tensor([prefix + answer_ids])
-    outputs = reference(
-        input_ids=input_ids,
-        pixel_values=torch.cat([vlm.processor.pixel_values(image) for image in images]),
-        attention_mask=torch.ones_like(input_ids),
-        token_type_ids=(torch.arange(input_ids.shape[1]) >= len(prefix)).long()[None],
-        output_attentions=True,
-        output_hidden_states=True,
-    )
-    return outputs, len(prefix)
+    pixel_values = torch.cat([vlm.processor.pixel_values(image) for image in images])
+    inputs = reference_inputs(pixel_values, input_ids, torch.tensor([len(prefix)]))
+    return reference(**inputs, output_attentions=True, output_hidden_states=True), len(prefix)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,4 +60,5 @@ def test_what_a_patch_attends_to_equals_the_reference(load_both):
     for patch in (0, 9, 15):
         seen = vlm.inspect_encoder(image, patch)
         assert seen.grid == (4, 4)
+        assert (seen.heat_map(1, 2) == seen.attention[1, 2].reshape(4, 4)).all()
         assert (torch.from_numpy(seen.attention) - expected[:, :, patch]).abs().max() <= BOUND

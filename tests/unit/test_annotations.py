@@ -124,6 +124,7 @@ def test_an_object_appears_with_the_token_that_completes_it(seam):
         ("<loc0512><loc0128><loc0256><loc0768> cat", "a box that ends before it begins"),
         ("<loc0512><loc0128><loc0512><loc0768> cat", "a box that ends before it begins"),
         ("<loc0000><loc0128><loc9999><loc0768> cat", "a box that reaches out of the picture"),
+        ("<loc0000><loc0128><loc1024><loc0768> cat", "a box that reaches out of the picture"),
         (f"{CAT_BOX}<loc0001>", "a box of 5 instead of 4 locations"),
         (f"{CAT_BOX}<loc0001><loc0002> cat", "a box of 6 instead of 4 locations"),
         (f"<loc0001><loc0002> {CAT_BOX[:18]} cat", "a box of 2 instead of 4 locations"),

@@ -6,7 +6,6 @@ import json
 import shutil
 import tracemalloc
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -104,8 +103,7 @@ def test_arrays_may_be_saved_by_column_without_the_name_of_their_tree_or_beside_
     assert torch.equal(logits(load(file)), logits(official))
 
 
-def test_int8_weights_equal_those_of_the_official_layout(official, file, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+def test_int8_weights_equal_those_of_the_official_layout(official, file, tmp_path):
     save_checkpoint(official.model, official.processor.tokenizer, tmp_path / "official", torch.float32)
     assert torch.equal(logits(load(file, dtype="int8")), logits(load(tmp_path / "official", dtype="int8")))
 

@@ -136,6 +136,25 @@ def test_an_answer_can_be_closed_while_another_thread_waits_for_its_next_token(v
     assert len([entry for entry in log if entry != "layer"]) <= 1
 
 
+def test_an_answer_that_nobody_waits_for_is_read_no_further_than_its_layer(vlm, log):
+    answer = vlm.stream(IMAGES[0], "caption en")
+    layer = vlm.model.vision_tower.encoder["layers"][1]
+    handle = layer.register_forward_hook(lambda *_: answer.close())
+    assert list(answer) == []
+    vlm.engine.call(handle.remove)
+    assert log == ["layer"] * 2
+
+
+def test_of_an_answer_that_is_closed_while_it_waits_for_its_reader_only_what_was_read_remains(vlm):
+    answer = vlm.stream(IMAGES[0], "caption en", max_new_tokens=60)
+    tokens = [next(answer) for _ in range(2)]
+    wait_until(lambda: answer._sequence.is_ahead)
+    assert answer.token_ids == [token.id for token in tokens]
+    answer.close()
+    wait_until(lambda: not vlm.engine._running)
+    assert answer.token_ids == [token.id for token in tokens]
+
+
 def test_an_answer_that_nobody_reads_waits_while_the_others_go_on(vlm, log):
     unread, read = (vlm.stream(image, "caption en", max_new_tokens=60) for image in IMAGES[:2])
     alone = [token.id for token in vlm.stream(IMAGES[0], "caption en", max_new_tokens=60)]
@@ -146,6 +165,20 @@ def test_an_answer_that_nobody_reads_waits_while_the_others_go_on(vlm, log):
     assert vlm.engine._running[0].written == MAX_AHEAD + 1
     assert [first, *(token.id for token in unread)] == alone
     assert len(log) > before
+
+
+def test_an_answer_that_nobody_reads_keeps_its_slot_from_nobody(vlm):
+    vlm.engine.rows = 1
+    unread = vlm.stream(IMAGES[0], "caption en", max_new_tokens=20)
+    next(unread)
+    wait_until(lambda: unread._sequence.is_ahead)
+    other = threading.Thread(
+        target=vlm.generate, args=(IMAGES[1], "caption en"), kwargs={"max_new_tokens": 2}, daemon=True
+    )
+    other.start()
+    other.join(timeout=20)
+    assert not other.is_alive()
+    assert len(list(unread)) == 19
 
 
 def test_those_who_stream_get_their_tokens_while_a_newcomer_is_prefilled(vlm, log, monkeypatch):

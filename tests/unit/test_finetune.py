@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from random_checkpoints import make_reference, save_reference
+from random_checkpoints import make_reference, reference_inputs, save_reference
 from transformers import PaliGemmaForConditionalGeneration
 
 import paligemma
@@ -86,7 +86,7 @@ def test_each_bad_row_is_named_by_its_line_before_any_step(base, tmp_path, monke
     for number, (sentence, (_, expected)) in enumerate(zip(sentences, bad), start=2):
         assert sentence.startswith(f"{rows}, line {number}: ")
         assert expected in sentence
-        assert "; please " in sentence or "please" in sentence
+        assert "please" in sentence
     assert not (tmp_path / "run" / "finetune.csv").exists()
     rows = write_lines(tmp_path, ["{"] * 50)
     with pytest.raises(SystemExit, match="and 30 more rows"):
@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_read_or_has_no_rows_is_refused(base, tmp_path):
         run(base, write_lines(tmp_path, []), tmp_path / "other run")
 
 
-@pytest.mark.parametrize("share", ["0", "1", "0.001", "-1"])
+@pytest.mark.parametrize("share", ["0", "1", "0.001", "-1", "nan"])
 def test_a_share_that_leaves_nothing_on_one_side_is_refused(base, tmp_path, share):
     with pytest.raises(SystemExit, match="cannot be held back"):
         run(base, write_rows(tmp_path), tmp_path / "run", f"--held-back={share}")
@@ -111,10 +111,8 @@ def test_every_row_is_seen_once_before_any_is_seen_again(tiny, tmp_path):
     steps = data.ExampleSteps(tiny.processor, examples, 4, 3, seed=0)
     seen = [batch.pixel_values.flatten(2).mean(-1)[:, 0] for step in range(5) for batch, _ in steps[step]]
     means = torch.cat(seen).tolist()
-    assert len(means) == 20
-    assert sorted(means[:8] + means[8:10])  # ten rows in the first two and a half steps
-    values = [round(value, 6) for value in means]
-    assert all(values.count(value) == 2 for value in set(values)) or len(set(values)) < 10
+    assert len(set(means)) == 10
+    assert sorted(means[:10]) == sorted(means[10:]), "an epoch ends in the middle of a step"
     for step in range(5):
         parts = steps[step]
         assert sum(share for _, share in parts) == pytest.approx(1)
@@ -171,12 +169,7 @@ def test_an_adapter_that_was_trained_opens_here_and_in_peft(base, tmp_path, logg
 def assert_same_logits(vlm, reference):
     input_ids = torch.tensor([vlm.processor.input_ids("answer en which paint is it?")])
     pixel_values = vlm.processor.pixel_values(Image.new("RGB", (40, 30), "red"))
-    expected = reference(
-        pixel_values=pixel_values,
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        token_type_ids=torch.zeros_like(input_ids),
-    ).logits
+    expected = reference(**reference_inputs(pixel_values, input_ids)).logits
     assert (vlm.model(pixel_values.to(vlm.dtype), input_ids) - expected).abs().max() <= 1e-4
 
 
@@ -268,7 +261,7 @@ def test_options_that_make_no_sense_are_refused(base, tmp_path, options):
         (
             [BOXES.replace("0512", "0300")],
             [BOXES],
-            {"exact match": 0.0, "box F1": pytest.approx(1.0 if 292 / 504 >= 0.5 else 0.5)},
+            {"exact match": 0.0, "box F1": 1.0},
         ),
     ],
 )

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, wait_until
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from paligemma import PaliGemmaError
+from paligemma import PaliGemmaError, hardware
 from paligemma.demo import handlers
 from paligemma.demo.layout import example_files
 from paligemma.demo.serving import EMBEDDED, Models
 
 GREEDY = (64, 0, 0, 1, "")
 BOX = "<loc0256><loc0256><loc0768><loc0768>"
-
-
-@pytest.fixture
-def models(tiny):
-    return Models([None], lambda source, **_: tiny)
 
 
 @pytest.fixture
@@ -41,16 +38,15 @@ def upload(tmp_path, monkeypatch):
 
 def test_a_run_clears_what_was_shown_streams_and_ends_with_a_record(models, tiny, upload):
     image = upload("cats.png")
-    first, *steps, last = handlers.run(models, image, None, "detect cat\n\n caption en ", EMBEDDED, [], *GREEDY)
+    first, *steps, last = handlers.run(models, image, None, "detect cat\n\n caption en ", EMBEDDED, *GREEDY)
     assert first == {"figure": "", "answers": "", "speed": "", "is_answered": False} | handlers.CLOSED
     assert len([step for step in steps if step.get("figure")]) >= 2, "objects are drawn one after another"
     answers = [(prompt, tiny.generate(image["path"], prompt)) for prompt in ("detect cat", "caption en")]
     assert last["record"]["answers"] == answers
-    assert last["history"] == [last["record"]]
     tokens = list(tiny.stream(image["path"], "detect cat"))
-    assert last["record"]["tokens"][0].ids.tolist() == [token.id for token in tokens]
+    assert last["record"]["tokens"][0]["ids"] == [token.id for token in tokens]
+    assert last["record"]["size"] == Image.open(image["path"]).size
     assert last["is_answered"]
-    assert image["url"] in last["past_answers"]
     assert answers[1][1] in steps[-1]["answers"]
     assert steps[-1]["speed"].startswith("First token after")
 
@@ -68,7 +64,7 @@ def test_a_page_without_the_embedded_checkpoint_shows_its_stored_answers_as_well
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     models, records = Models(["a/b"], lambda source, **_: tiny), handlers.example_records(example_files())
     for record, example in zip(records, handlers.EXAMPLES):
-        shown = handlers.show_again(models, [record], 0)
+        shown = handlers.show_again(models, record)
         boxes = example["answer"].count("<loc") // 4
         assert shown["figure"].count('class="box"') == boxes
         assert shown["prompt"] == example["prompt"]
@@ -78,7 +74,7 @@ def test_a_page_without_the_embedded_checkpoint_shows_its_stored_answers_as_well
 def test_further_images_come_before_the_prompt_with_the_first(models, tiny, upload):
     image, *others = map(upload, ("cats.png", "music.png", "sign.png"))
     in_gallery = [{"image": other, "caption": None} for other in others]
-    *_, step, last = handlers.run(models, image, in_gallery, "caption en", EMBEDDED, [], *GREEDY)
+    *_, step, last = handlers.run(models, image, in_gallery, "caption en", EMBEDDED, *GREEDY)
     answer = tiny.generate([one["path"] for one in (image, *others)], "caption en")
     assert answer != tiny.generate(image["path"], "caption en")
     assert last["record"]["answers"] == [("caption en", answer)]
@@ -143,21 +139,12 @@ def test_further_images_that_cannot_be_taken_get_one_sentence(models, upload, ot
         next(handlers.generate(models, upload("cats.png"), "caption en", more_images=others))
 
 
-def test_history_is_the_latest_first_once_each_and_bounded(models, upload):
-    image, history = upload("cats.png"), []
-    questions = [f"answer en how many cats are there? {number}" for number in range(handlers.MAX_HISTORY)]
-    for prompt in ("caption en", "caption en", *questions):
-        *_, last = handlers.run(models, image, None, prompt, EMBEDDED, history, 1, *GREEDY[1:])
-        history = last["history"]
-    assert [handlers.prompts_of(record) for record in history] == questions[::-1]
-
-
 def test_an_earlier_answer_comes_back_and_can_be_saved(models, upload):
     image = upload("cats.png")
     width, height = Image.open(image["path"]).size
-    record = {**image, "size": (width, height), "checkpoint": EMBEDDED, "answers": [("detect cat", f"{BOX} cat")]}
-    record["more"] = [image["path"]]
-    shown = handlers.show_again(models, [record], 0)
+    record = {"path": image["path"], "size": (width, height), "checkpoint": EMBEDDED, "tokens": []}
+    record |= {"answers": [["detect cat", f"{BOX} cat"]], "more": [image["path"]]}
+    shown = handlers.show_again(models, record)
     assert (shown["image"], shown["more_images"]) == (image["path"], record["more"])
     assert shown["prompt"] == "detect cat"
     assert "cat</b>" in shown["answers"]
@@ -167,21 +154,35 @@ def test_an_earlier_answer_comes_back_and_can_be_saved(models, upload):
     assert objects == [{"label": "cat", "box": box, "mask": None}]
     assert Image.open(handlers.save_image(models, record)).size == (width, height)
     Path(image["path"]).unlink()
-    for event in (handlers.save_image, handlers.save_objects):
+    for event in (handlers.save_image, handlers.show_again):
         with pytest.raises(PaliGemmaError, match="The picture cats.png was deleted meanwhile"):
             event(models, record)
+    assert json.loads(Path(handlers.save_objects(models, record)).read_text()) == objects
 
 
-def test_of_answers_from_before_a_restart_a_sentence_says_that_they_are_forgotten(models):
-    for event in (handlers.save_image, handlers.save_objects):
-        with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
-            event(models, {})
-    with pytest.raises(PaliGemmaError, match="is forgotten, since the page was started anew"):
-        handlers.show_again(models, [], 2)
+@pytest.mark.parametrize("name", ["path", "more"])
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/etc/hostname", "The picture was not uploaded to this page"),
+        ("{folder}/../x.png", "The picture was not uploaded to this page"),
+        ("{folder}/a\0b.png", "The picture was not uploaded to this page"),
+        ("{folder}", "is a folder; please choose a picture"),
+        ("{folder}/missing.png", "The picture missing.png was deleted meanwhile"),
+    ],
+)
+def test_no_path_that_a_browser_has_kept_leads_out_of_the_uploads(models, upload, tmp_path, name, path, sentence):
+    record = {"path": upload("cats.png")["path"], "more": [], "size": [448, 448], "checkpoint": EMBEDDED}
+    record |= {"answers": [["detect cat", f"{BOX} cat"]], "tokens": []}
+    path = path.replace("{folder}", str(tmp_path))
+    record |= {name: path if name == "path" else [path]}
+    with pytest.raises(PaliGemmaError, match=sentence):
+        handlers.show_again(models, record)
 
 
 @pytest.mark.parametrize(
-    ("typed", "seed"), [(None, None), ("", None), (" ", None), ("5", 5), (" 7 ", 7), (5, 5), ("-1", "-1"), ("x", "x")]
+    ("typed", "seed"),
+    [(None, None), ("", None), (" ", None), ("5", 5), (" 7 ", 7), (5, 5), ("-1", "-1"), ("x", "x"), ("1" * 5000,) * 2],
 )
 def test_a_seed_is_read_as_it_is_typed(typed, seed):
     assert handlers.read_settings((64, 0, 0, 1, typed))["seed"] == seed
@@ -256,13 +257,18 @@ def test_a_language_that_is_none_is_refused(models, upload, language):
 @pytest.mark.parametrize("checkpoint", [None, ["embedded"], {}, "another"])
 def test_a_checkpoint_that_is_not_offered_is_refused(models, upload, checkpoint):
     with pytest.raises(PaliGemmaError, match="^The checkpoint .* is not offered here; please choose one of embedded"):
-        list(handlers.run(models, upload("cats.png"), None, "caption en", checkpoint, [], *GREEDY))
+        list(handlers.run(models, upload("cats.png"), None, "caption en", checkpoint, *GREEDY))
 
 
 @pytest.mark.parametrize("number", [0, -1, 257, 1.5, "many", None, 10**400, float("nan")])
 def test_a_length_is_refused_with_the_range_of_the_page(models, upload, number):
     with pytest.raises(PaliGemmaError, match="^max_new_tokens is .*; please give a whole number from 1 to 256.$"):
         list(handlers.generate(models, upload("cats.png"), "caption en", number))
+
+
+def test_more_prompts_than_a_page_takes_are_refused(models, upload):
+    with pytest.raises(PaliGemmaError, match="^These are 9 prompts; please ask at most 8 at once.$"):
+        list(handlers.generate(models, upload("cats.png"), "ocr\n" * 9))
 
 
 def test_a_long_prompt_is_refused_before_it_is_split_into_tokens(models, upload):
@@ -272,10 +278,22 @@ def test_a_long_prompt_is_refused_before_it_is_split_into_tokens(models, upload)
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("objects", [None, 5, ["cat"]])
+@pytest.mark.parametrize("prompt", ["cat " * 600, "cat " * 1000])
+def test_a_prompt_of_many_tokens_is_refused_with_the_range_of_the_page(models, upload, prompt):
+    with pytest.raises(PaliGemmaError, match=r"^The prompt has \d+ tokens, but 512 fit; please shorten it.$"):
+        list(handlers.generate(models, upload("cats.png"), prompt))
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["caption en"], {"a": 1}])
+def test_a_prompt_must_be_a_text(models, upload, prompt):
+    with pytest.raises(PaliGemmaError, match="^The prompt is of type .*; please give text.$"):
+        list(handlers.generate(models, upload("cats.png"), prompt))
+
+
+@pytest.mark.parametrize("objects", [None, 5, ["cat"], "cat\ncaption en"])
 def test_what_to_find_must_be_a_text(models, objects):
     for endpoint in (handlers.detect, handlers.segment):
-        with pytest.raises(PaliGemmaError, match="^objects is .*; please give a text"):
+        with pytest.raises(PaliGemmaError, match=r"^objects is [\s\S]*; please give a text of one line"):
             next(endpoint(models, {"path": "x"}, objects))
 
 
@@ -283,7 +301,7 @@ def test_of_images_that_nobody_waits_for_few_are_being_read_and_soon_none(models
     monkeypatch.setattr(handlers, "STATUS_SECONDS", 0.01)
     image = upload("cats.png")
     Image.new("RGB", (7000, 7000)).save(image["path"], "JPEG", progressive=True)  # a second or so each
-    runs = [handlers.run(models, image, None, "caption en", EMBEDDED, [], *GREEDY) for _ in range(30)]
+    runs = [handlers.run(models, image, None, "caption en", EMBEDDED, *GREEDY) for _ in range(30)]
     assert all(next(run) == {} for run in runs)
     readers = [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
     assert len(readers) == handlers.MAX_READERS
@@ -295,6 +313,19 @@ def test_of_images_that_nobody_waits_for_few_are_being_read_and_soon_none(models
     assert time.process_time() - start < 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is another one")
+def test_what_an_image_took_is_given_back_though_no_answer_follows(models, upload, monkeypatch):
+    monkeypatch.setattr(hardware, "IDLE_SECONDS", 0.2)
+    hardware.keep_freed_memory()
+    image, process = upload("cats.png"), psutil.Process()
+    Image.new("RGB", (6000, 6000)).save(image["path"])
+    before = process.memory_info().rss
+    opened, _ = handlers.result(handlers.open_upload(image, None))
+    assert process.memory_info().rss > before + 80e6
+    del opened
+    wait_until(lambda: process.memory_info().rss < before + 20e6, seconds=10)
+
+
 def test_large_images_are_read_when_others_are_done_with(upload, monkeypatch):
     monkeypatch.setattr(handlers, "STATUS_SECONDS", 0.01)
     monkeypatch.setattr(handlers, "MAX_HELD_PIXELS", 100)
@@ -302,7 +333,9 @@ def test_large_images_are_read_when_others_are_done_with(upload, monkeypatch):
     (opened, _), second = handlers.result(handlers.open_upload(image, None)), handlers.open_upload(image, "meanwhile")
     assert [next(second) for _ in range(50)] == ["meanwhile"] * 50
     del opened
+    start = time.monotonic()
     assert handlers.result(second)[0].size == Image.open(image["path"]).size
+    assert time.monotonic() - start < handlers.MAX_HELD_SECONDS / 2
 
 
 def test_a_folder_is_no_image(models, upload, tmp_path):

@@ -209,7 +209,7 @@ def test_loading_takes_no_more_threads_than_there_are_cores_also_to_measure_dtyp
     before, seen = torch.get_num_threads(), []
     machine("0::/", {"cpu.max": "100000 100000"})
     monkeypatch.setattr(hardware, "LARGE", 1)
-    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(hardware, "int8_is_faster", lambda: seen.append(torch.get_num_threads()))
     try:
         paligemma.load(device="cpu")

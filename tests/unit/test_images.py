@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import time
+from functools import cache
 
 import numpy as np
 import pytest
@@ -197,34 +198,53 @@ def test_an_image_with_a_side_that_no_screen_has_is_refused(tmp_path):
         open_image(tmp_path / "thin.png", max_pixels=60_000_000)
 
 
+@cache
+def progressive(side):
+    """A JPEG, but for its end: all until its last scan, and that one."""
+    content, thumbnail = io.BytesIO(), Image.Exif()
+    thumbnail[ExifTags.Base.Make] = "\xff\xda" * 500  # in metadata, these bytes are no scan
+    Image.new("L", (side, side), 77).save(content, "JPEG", progressive=True, exif=thumbnail)
+    return re.fullmatch(rb"(.*)(\xff\xda.*)\xff\xd9", content.getvalue(), re.DOTALL).groups()
+
+
 @pytest.fixture
 def repeated_scans(tmp_path):
     """A JPEG whose last scan comes again and again."""
 
-    def save(times):
-        content = io.BytesIO()
-        thumbnail = Image.Exif()
-        thumbnail[ExifTags.Base.Make] = "\xff\xda" * 500  # in metadata, these bytes are no scan
-        Image.new("L", (7000, 7000), 77).save(content, "JPEG", progressive=True, exif=thumbnail)
-        head, scan = re.fullmatch(rb"(.*)(\xff\xda.*)\xff\xd9", content.getvalue(), re.DOTALL).groups()
+    def save(times, side=7000):
+        head, scan = progressive(side)
         (tmp_path / "scans.jpg").write_bytes(head + scan * times + b"\xff\xd9")
         return tmp_path / "scans.jpg"
 
     return save
 
 
-def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_unpacked(repeated_scans):
-    assert open_image(repeated_scans(5), max_pixels=60_000_000).size == (7000, 7000)
-    path, start = repeated_scans(2000), time.process_time()
-    with pytest.raises(PaliGemmaError, match="a JPEG of 2005 scans, but 100 are read"):
+@pytest.mark.parametrize("times", [96, 2000])
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_unpacked(repeated_scans, times):
+    path, start = repeated_scans(times), time.process_time()
+    with pytest.raises(PaliGemmaError, match=f"a JPEG of {times + 5} scans, but 100 are read"):
         open_image(path, max_pixels=60_000_000)
+    assert time.process_time() - start < 1
+
+
+def test_a_jpeg_of_some_scans_more_is_read_and_what_follows_its_end_does_not_count(repeated_scans):
+    path = repeated_scans(5)
+    path.write_bytes(path.read_bytes() * 2)
+    assert images.jpeg_scans(path.read_bytes()) == 10
+    assert open_image(path, max_pixels=60_000_000).size == (7000, 7000)
+
+
+def test_an_image_that_nobody_waits_for_is_left(repeated_scans):
+    path, asked, start = repeated_scans(95), [], time.process_time()
+    with pytest.raises(PaliGemmaError, match=r"^Nobody waits for the picture scans.jpg any more"):
+        open_image(path, is_wanted=lambda: len(asked) < 5 and not asked.append(1))
     assert time.process_time() - start < 1
 
 
 def test_an_image_that_takes_too_long_is_left(repeated_scans, monkeypatch):
     monkeypatch.setattr(images, "MAX_JPEG_SCANS", 10_000)
-    monkeypatch.setattr(images, "MAX_SECONDS", 1)
+    monkeypatch.setattr(images, "MAX_SECONDS", 0.1)
     start = time.process_time()
     with pytest.raises(PaliGemmaError, match="takes too long to read"):
-        open_image(repeated_scans(2000), max_pixels=60_000_000)
+        open_image(repeated_scans(2000, side=1500), max_pixels=60_000_000)
     assert time.process_time() - start < 5

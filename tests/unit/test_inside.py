@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
+from dataclasses import replace
 from html import unescape
 
+import numpy as np
 import pytest
+from conftest import ROOT
+from PIL import Image
 
 from paligemma import PaliGemmaError
-from paligemma.demo import handlers, inside
+from paligemma.demo import drawings, handlers, inside
 from paligemma.demo.layout import example_files
 from paligemma.demo.serving import EMBEDDED, Models
-
-
-@pytest.fixture
-def models(tiny):
-    return Models([None], lambda source, **_: tiny)
+from paligemma.inspection import WalkStep
 
 
 @pytest.fixture
@@ -113,6 +115,9 @@ def test_an_answer_goes_on_from_a_rival_beside_the_other(models, record, seen, t
     expected = [*ids[:4], *(token.id for token in answer)]
     ((_, tokens, _),) = shown["view"]["branches"]
     assert tokens.ids.tolist() == expected
+    assert tokens.probabilities[:5].tolist() == pytest.approx(
+        [*handlers.EXAMPLES[0]["probabilities"][:4], rival.probability], abs=1e-5
+    )
     assert len(steps) == len(expected) - 4, "it streams"
     assert f"What if it were “{rival.text.strip()}”?" in shown["words"]
     assert (shown["view"]["line"], shown["view"]["index"]) == (1, 4)
@@ -151,6 +156,48 @@ def test_the_times_without_a_cache_are_measured_when_asked_for(models, record):
     assert "seconds" not in show(models, record, shown["view"], line=0, index=0)["view"], "they are of one answer"
 
 
+def test_the_time_with_a_cache_is_that_of_all_tokens_also_of_those_without_a_bar(seen):
+    cache = replace(seen.cache, prefill_seconds=1.0, step_seconds=(0.1,) * 99)
+    html = drawings.cache_html(cache, 0, True, [2.0] * 100)
+    assert "All 100 tokens without a cache: 200.00 s, with it 10.90 s." in html
+    assert [name for name, _ in names(html)] == [
+        "prefill", *(f"token {number}" for number in range(2, drawings.MAX_BARS + 1)), "a token without a cache"
+    ]  # fmt: skip
+
+
+def test_what_people_and_models_write_is_no_markup(seen):
+    text = '<script>" onerror="y&'
+    token = replace(seen.token, text=text)
+    seen = replace(seen, token=token, rivals=(token,), texts=(text,) * len(seen.texts))
+    step = WalkStep(text, text, (1,), (1.0,), "app.py", 1, text)
+    html = (
+        drawings.words_html(text, 0, [(text, 0.5)], 0)
+        + drawings.rivals_html(seen, 0)
+        + drawings.attention_html(seen, 0, 0, 0)
+        + drawings.lens_html([replace(seen.lens[0], text=text)], token)
+        + drawings.distribution_html([token])
+        + drawings.mask_html(seen, [text] * 99)
+        + drawings.walk_html([step], ROOT, None)
+    )
+    assert "<script" not in html.lower()
+    assert 'onerror="' not in html
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 8)])
+def test_the_heat_map_is_bright_at_the_patch_that_is_attended_to(shape):
+    shares = np.zeros(shape, np.float32)
+    shares[1, 2] = 1
+    svg = drawings.heat_svg(shares, (80, 40), patch=shape[1] + 2, has_grid=True)
+    with Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1]))) as image:
+        opacity = np.asarray(image)[..., 3].astype(int)
+    row, column = np.unravel_index(opacity.argmin(), opacity.shape)
+    assert (row * shape[0] // len(opacity), column * shape[1] // opacity.shape[1]) == (1, 2)
+    width, height = 80 / shape[1], 40 / shape[0]
+    assert f'class="patch" x="{2 * width:.1f}" y="{height:.1f}" width="{width:.1f}" height="{height:.1f}"' in svg
+    assert svg.count("h80") == shape[0] - 1
+    assert svg.count("v40") == shape[1] - 1
+
+
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
@@ -177,6 +224,6 @@ def test_answers_that_cannot_be_looked_into_get_one_sentence(models, record, tin
         PaliGemmaError, match="is of a checkpoint that this page does not offer; please press Run first"
     ):
         list(inside.toggle(others, record, {}))
-    *_, last = handlers.run(models, {"path": record["path"]}, None, "detect cat", EMBEDDED, [], 64, 0, 0, 1, "")
-    assert not last["record"]["tokens"][0].ids
+    *_, last = handlers.run(models, {"path": record["path"]}, None, "detect cat", EMBEDDED, 64, 0, 0, 1, "")
+    assert not last["record"]["tokens"][0]["ids"]
     assert "This answer is empty" in opened(models, last["record"])["section"]

@@ -423,6 +423,9 @@ def test_the_walk_names_the_code_and_the_sizes_of_each_step(answered, tiny):
     assert f"“{tokens[1].text}”, with probability {tokens[1].probability:.3f}" in steps[6].text
     pixels = tiny.processor.pixel_values(paligemma.images.open_image(CATS))
     assert steps[0].values == pytest.approx(pixels[0, 0, 0, :6].tolist())
+    features = tiny.model.vision_tower.embeddings(pixels)[0]
+    cosines = torch.cosine_similarity(features[:, None], features[None], dim=-1)
+    assert f"is {cosines[~torch.eye(256, dtype=torch.bool)].mean():.3f} in the mean" in steps[1].text
 
 
 def test_all_that_is_seen_can_be_sent(answered):

@@ -115,7 +115,7 @@ def test_the_metrics_of_a_private_page_need_its_password(metrics, monkeypatch):
     http = client(metrics.route(hosting.Password("ada", "love:lace").check))
     for auth, status in ((None, 401), (("ada", "lovelace"), 401), (("ada", "love:lace"), 200)):
         assert http.get("/metrics", auth=auth).status_code == status
-    for header in ("Basic", "Basic %%%", "Basic /w==", "Bearer YWRhOmxvdmU6bGFjZQ=="):
+    for header in ("Basic", "Basic %%%", "Basic /w==", b"Basic \xe9", "Bearer YWRhOmxvdmU6bGFjZQ=="):
         assert http.get("/metrics", headers={"Authorization": header}).status_code == 401
 
 

@@ -239,6 +239,11 @@ def test_any_tokens_at_all_stream_without_an_error(ids):
     assert "<eos>" not in text
 
 
+def test_bytes_that_are_no_text_come_out_once_as_replacement_characters():
+    ids = [VOCABULARY.token_to_id(token) for token in ("<0x41>", "<0x42>", "<0xFF>", "<loc0000>")]
+    assert stream(ids) == ["A", "B", "", "�<loc0000>"]
+
+
 def test_location_and_segmentation_tokens_are_part_of_the_text():
     answer = "<loc0008><loc0016><loc0512><loc1000><seg001> cat ; <loc0008>"
     assert "".join(stream(encode(answer))) == answer

@@ -101,13 +101,14 @@ def test_labels_and_marks_carry_the_same_number_and_color(masks):
 
 
 def test_what_people_and_models_write_is_no_markup(masks):
-    answers = [Answer.of("<b>", "<script> & <loc0256><loc0256><loc0768><loc0768> c&t")]
+    answers = [Answer.of("<b>", '<script> & <loc0256><loc0256><loc0768><loc0768> c&"t')]
     objects = mark_objects(answers[0].annotated.detections, masks)
     html = answers_html(answers, objects, "none") + figure_html((4, 4), objects)
     html += thumbnails_html("a & b", [('x" onerror="y', "<script>")])
     assert "<script" not in html
     assert "<code><b>" not in html
-    assert "c&amp;t" in html
+    assert html.count("c&amp;&quot;t") == 3, "words, drawing and its description"
+    assert 'c&"t' not in html
     assert 'onerror="' not in html
 
 

@@ -52,6 +52,11 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature):
 def test_a_top_p_near_zero_takes_the_likeliest(top_p):
     logits = torch.randn(3, 50)
     assert Sampler(1.0, top_p=top_p)(logits).equal(logits.argmax(-1))
+    assert Sampler(1.0, top_p=top_p).log_probabilities(logits).amax(-1).tolist() == [0.0] * 3
+
+
+def test_of_tokens_whose_probabilities_add_up_to_top_p_no_more_is_kept():
+    assert Sampler(1.0, top_p=0.5).log_probabilities(torch.zeros(1, 2)).exp().sort().values.tolist() == [[0.0, 1.0]]
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 10**400}, {"top_k": 1e300}, {"top_p": Fraction(1)}])
@@ -73,6 +78,14 @@ def test_the_same_seed_draws_the_same():
     one, same, other = (Sampler(1.0)(logits, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
     assert one.equal(same)
     assert not one.equal(other)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 1 - 1e-6}, {"top_k": 100, "top_p": 1 - 1e-6}])
+def test_what_rounding_changes_of_nearly_equal_logits_changes_no_draw(settings):
+    generator = torch.Generator().manual_seed(0)
+    logits, rounded = (torch.randn(64, 100, generator=generator) * 1e-6 for _ in range(2))
+    draws = [Sampler(1.0, **settings)(some, torch.Generator().manual_seed(1)) for some in (logits, rounded)]
+    assert draws[0].equal(draws[1])
 
 
 def test_top_k_spares_the_sort_of_the_vocabulary():

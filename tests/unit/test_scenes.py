@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from benchmarks.scene_figures import kinds_in_caption
 from PIL import Image
 
 from paligemma.annotations import find_detections
@@ -15,7 +16,7 @@ from paligemma.scenes.colors import COLORS, main_color, random_color
 from paligemma.scenes.painter import MAX_OVERLAP, Painter, Scene, SceneObject, area, intersection
 from paligemma.scenes.questions import caption, description, detect_prompt, detections, largest, neighbor, questions
 from paligemma.scenes.words import WORDS
-from paligemma.training.evaluate import kinds_in_caption, match
+from paligemma.training.evaluate import match
 
 LEFT, MIDDLE, RIGHT = (0.3, 0.0, 0.5, 0.2), (0.3, 0.4, 0.5, 0.6), (0.3, 0.8, 0.5, 1.0)
 

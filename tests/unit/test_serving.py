@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import weakref
@@ -11,7 +12,8 @@ from conftest import EXAMPLES, Watched, wait_until
 from PIL import Image
 
 from paligemma import PaliGemmaError, hardware
-from paligemma.demo.serving import EMBEDDED, Answer, Models, answer_prompts
+from paligemma.demo.serving import EMBEDDED, ON_STOP, Answer, Models, answer_prompts
+from paligemma.demo.streaming import Answering
 
 IMAGE = Image.open(EXAMPLES / "cats.png")
 GIGABYTE = 2**30
@@ -186,9 +188,32 @@ def test_each_answer_leaves_one_line_without_its_content(tiny, caplog):
     assert "cats" not in caplog.text
 
 
+def test_closing_an_answer_ends_what_its_thread_waits_for():
+    is_stopped, is_closed = threading.Event(), threading.Event()
+
+    def steps():
+        ON_STOP.get().append(is_stopped.set)
+        try:
+            yield 1
+            assert is_stopped.wait(5)
+            yield 2
+        finally:
+            is_closed.set()
+
+    async def answer():
+        answering = Answering(steps())
+        assert await answering.next() == 1
+        waiting = asyncio.create_task(answering.next())
+        await asyncio.sleep(0.05)
+        answering.close()
+        await waiting
+
+    asyncio.run(answer())
+    assert is_closed.wait(5)
+
+
 def test_an_earlier_answer_is_read_again():
     answer = Answer.of("detect cat", "<loc0256><loc0128><loc0512><loc0768> cat ; <loc0001>")
     assert [found.label for found in answer.annotated.detections] == ["cat"]
     assert answer.annotated.problems == ["a box of 1 instead of 4 locations"]
     assert answer.is_finished
-    assert answer.tokens_per_second is None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.scene_figures import FIGURES, SEED, draw_scenes, evaluate
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
@@ -20,7 +21,6 @@ from paligemma.scenes.painter import Painter
 from paligemma.scenes.questions import detections, questions
 from paligemma.training import loop
 from paligemma.training.data import collate
-from paligemma.training.evaluate import FIGURES, SEED, draw_scenes, evaluate
 from paligemma.training.loop import Run
 from paligemma.training.losses import NO_LABEL, answer_loss
 
@@ -170,6 +170,22 @@ def test_a_log_that_was_cut_anywhere_goes_on_after_the_last_save(tmp_path, rest)
     log.append({"step": 30, "error": 0.5})
     kept = [{"step": step, "error": step / 10} for step in (10, 20) if f"\n{step}," in rest]
     assert log.rows() == [*kept, {"step": 30, "error": 0.5}]
+
+
+def test_matrices_decay_and_biases_do_not(tmp_path):
+    adder = Adder()
+    before = {name: weight.clone() for name, weight in adder.state_dict().items()}
+    run = Run("adder", adder, tmp_path, 1, 0.1)
+    run.train(Numbers(), lambda inputs: {"error": 0 * adder.losses(inputs)["error"]}, workers=0)
+    for name, weight in adder.state_dict().items():
+        torch.testing.assert_close(weight, before[name] * (1 - 0.1 * loop.WEIGHT_DECAY * name.endswith("weight")))
+
+
+def test_large_gradients_are_scaled_down(tmp_path):
+    adder = Adder()
+    run = Run("adder", adder, tmp_path, 1, 1e-2)
+    run.train(Numbers(), lambda inputs: {"error": 1000 * adder.losses(inputs)["error"]}, workers=0)
+    assert nn.utils.get_total_norm([one.grad for one in adder.parameters()]) == pytest.approx(1, abs=1e-3)
 
 
 def test_frozen_parameters_are_neither_trained_nor_saved(tmp_path):
