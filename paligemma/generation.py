@@ -240,7 +240,8 @@ class VisionLanguageModel:
             prompt: in the syntax that the checkpoint was trained on, such as `caption en`.
             max_new_tokens: the answer's longest length, if `<eos>` does not end it earlier.
             temperature, top_k, top_p: see `Sampler`; the defaults are greedy.
-            seed: the same one gives the same text, whoever else is being served; None draws a new one.
+            seed: the same one gives the same text, whoever else is being served (but for int4, see `Engine`); None draws a
+                new one.
 
         Raises:
             PaliGemmaError: at the call, not at the first token, if an argument cannot be used.

@@ -162,8 +162,8 @@ def linear_weights(model: PaliGemma) -> set[str]:
 def int4_weights(model: PaliGemma) -> dict[str, int]:
     """Those among them that int4 layers hold, each with the size of its groups: most of what a decode step reads.
 
-    They are the decoder's MLPs and the output layer, where the kernel takes their shapes. Those of attention stay in int8:
-    they are a twelfth of the weights of a 3B decoder, and would cost as much accuracy as the MLPs.
+    They are the decoder's MLPs and the output layer, where the kernel takes their shapes. Attention stays in int8: it has
+    a twelfth to a fifth of the weights of a 3B decoder's layers, and would cost about half as much accuracy as the MLPs.
     """
     output = EMBEDDING if model.lm_head is None else OUTPUT
     mlps = {name: MLP_GROUP for name in sorted(linear_weights(model)) if IN_MLP.fullmatch(name)}
