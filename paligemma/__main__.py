@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json (default: the one beside the checkpoint)")
     parser.add_argument("--adapter", metavar="SOURCE", help="a LoRA adapter for it; can be given as --model as well")
     parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or int8")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, int8 or int4")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="the answer's longest length")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="sample among so many tokens, 0: among all")

@@ -47,6 +47,9 @@ T = TypeVar("T")
 class Engine:
     """Runs a model for any number of sequences at once.
 
+    Each gets the text that it would get alone, but for int4: there a step is computed in int4 while at most three sequences
+    are decoded together, and in int8 while there are more.
+
     Args:
         model: in its final place and dtype; nothing else may run it.
         rows: how many sequences are decoded together at most, if the memory holds their cache, see `_cache_bytes`.

@@ -219,7 +219,7 @@ class VisionLanguageModel:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the weights: int8, or that of the activations."""
+        """The dtype of the weights: int8, int4, or that of the activations."""
         return self.model.weight_dtype
 
     def stream(
@@ -240,7 +240,8 @@ class VisionLanguageModel:
             prompt: in the syntax that the checkpoint was trained on, such as `caption en`.
             max_new_tokens: the answer's longest length, if `<eos>` does not end it earlier.
             temperature, top_k, top_p: see `Sampler`; the defaults are greedy.
-            seed: the same one gives the same text, whoever else is being served; None draws a new one.
+            seed: the same one gives the same text, whoever else is being served (but for int4, see `Engine`); None draws a
+                new one.
 
         Raises:
             PaliGemmaError: at the call, not at the first token, if an argument cannot be used.

@@ -19,10 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from .config import PaliGemmaError
-from .quantization import Int8Linear, pack, packing, quantize
+from .quantization import INT4, Int8Linear, int4, pack, packing, quantize
 from .quantization import is_available as int8_is_available
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "int4": INT4,
+}
 # From this many parameters on, reading them is what a CPU spends its time with.
 LARGE = 500_000_000
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
@@ -119,10 +125,14 @@ def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
         raise PaliGemmaError(f"The dtype {dtype} is not known; please choose auto or one of {', '.join(DTYPES)}.")
-    if dtype == torch.int8 and device.type != "cpu":
-        raise PaliGemmaError(f"int8 runs on CPUs, not on {device}; please choose bfloat16.")
-    if dtype == torch.int8 and not int8_is_available():
-        raise PaliGemmaError("int8 needs an x86 CPU; please choose bfloat16.")
+    if dtype in (torch.int8, INT4):
+        name = dtype_name(dtype)
+        if device.type != "cpu":
+            raise PaliGemmaError(f"{name} runs on CPUs, not on {device}; please choose bfloat16.")
+        if not int8_is_available():
+            raise PaliGemmaError(f"{name} needs an x86 CPU; please choose bfloat16.")
+    if dtype == INT4 and not int4.is_available():
+        raise PaliGemmaError("int4 needs a CPU with AVX2 or AVX-512; please choose int8.")
     return dtype
 
 

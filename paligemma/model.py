@@ -53,8 +53,9 @@ class PaliGemma(nn.Module):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the weights: int8, or that of the activations."""
-        return self.language_model.embed_tokens.weight.dtype
+        """The dtype of the weights: int8, int4, or that of the activations."""
+        embedding = self.language_model.embed_tokens
+        return getattr(embedding, "weight_dtype", embedding.weight.dtype)
 
     def image_features(self, pixel_values: Tensor, after_layer: Callable[[], None] | None = None) -> Tensor:
         """Float [B, 3, H, W] to float [B, patches, hidden_size], as they enter the decoder (unscaled).

@@ -30,8 +30,8 @@ class Replayed(NamedTuple):
 def replay(model: PaliGemma, kept: KeptCache, ids: list[int], prefix: int) -> Replayed:
     """Repeat the step that read the last of `ids`, from the keys and values of the others; in the engine's thread.
 
-    Where that is the prefix's last position, the one before it is read again as well: int8 layers compute the last of
-    several positions more exactly than a single one.
+    Where that is the prefix's last position, some before it are read again as well: int8 layers compute the last of
+    several positions more exactly than a single one, and int4 layers compute more than three positions in int8.
 
     Args:
         kept: of at least all positions but those that are read.
@@ -39,7 +39,7 @@ def replay(model: PaliGemma, kept: KeptCache, ids: list[int], prefix: int) -> Re
         prefix: how many of them are prefix.
     """
     end, decoder, text = len(ids), model.language_model, model.config.text
-    start = end - 1 if end > prefix else end - 2
+    start = end - 1 if end > prefix else max(0, end - 4)
     window_mask = None
     if end > prefix and text.sliding_window is not None:
         window_mask = (torch.arange(end, device=model.device) > end - 1 - text.sliding_window)[None, None, None]
@@ -64,7 +64,9 @@ def replay(model: PaliGemma, kept: KeptCache, ids: list[int], prefix: int) -> Re
     with _hooked(attentions, after_attention), _hooked(decoder.layers, after_layer):
         embeddings = decoder.embed(torch.tensor([ids[start:]], device=model.device))
         decoder(embeddings, slice(start, end), None, window_mask, write, first=end - start - 1)
-    lens = model.logits(decoder.norm(torch.stack(hidden_states)))  # [layers, vocab_size]
+    # The last alone, as when the token was chosen: for int4 layers the number of rows makes a difference.
+    states = decoder.norm(torch.stack(hidden_states))
+    lens = torch.cat((model.logits(states[:-1]), model.logits(states[-1:])))  # [layers, vocab_size]
     logits, lens_ids = lens.max(dim=-1)
     return Replayed(
         lens[-1].cpu().numpy(),

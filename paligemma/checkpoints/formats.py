@@ -18,6 +18,7 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 INT8_FORMAT = 3  # of int8 weights, and of the rotation that is in them
+INT4_FORMAT = 1  # of int4 weights, which are made of those
 # In config.json of a checkpoint that has them: other programs refuse it, and so do we one of another format.
 INT8_QUANTIZATION = {"quant_method": "paligemma-int8", "format": INT8_FORMAT}
 

@@ -26,12 +26,13 @@ from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
 from ..mask_decoder import MaskDecoder
 from ..model import PaliGemma
 from ..processor import Processor
+from ..quantization import INT4
 from .adapters import Adapter
 from .big_vision import BigVisionFile, find_npz
 from .formats import CONFIG_FILE, check_format, is_adapter
 from .hub import download
 from .memory import check_fits, weight_bytes
-from .quantized import load_int8_weights
+from .quantized import load_int4_weights, load_int8_weights
 from .weights import (
     Progress,
     Tensors,
@@ -65,9 +66,12 @@ def load(
             branch, tag or commit may follow: `google/paligemma-3b-mix-224@bfloat16`. Or an `.npz` file of big_vision. Or
             a LoRA adapter, whose config names its model.
         device: where to run; None takes a GPU if there is one.
-        dtype: `float32`, `bfloat16`, `float16`, `int8` (x86 CPUs only), or `auto`, see `choose_dtype`. Weights in int8
-            are kept next to the Hub's cache, so that they are made once; a checkpoint that
-            `paligemma.checkpoints.quantized` wrote has them already, and `auto` takes them on such a CPU.
+        dtype: `float32`, `bfloat16`, `float16`, `int8` or `int4` (x86 CPUs only), or `auto`, see `choose_dtype`, which
+            is never int4. Weights in int8 are kept next to the Hub's cache, so that they are made once; a checkpoint
+            that `paligemma.checkpoints.quantized` wrote has them already, and `auto` takes them on such a CPU. int4 is
+            faster than int8 where one to three answers are made at a time, and less exact: it is int8 but for the
+            decode steps of so few rows, and so an answer may depend on how many others are decoded with it. Its weights
+            are made of the int8 ones, and are in memory beside them.
         compile: compile encoder, prefill and decode step (CUDA), see `CompiledModel`.
         progress: called as the work goes on, from this thread or another, see `Progress`.
         make_room: called with the bytes that the weights will take, before they are read.
@@ -98,6 +102,8 @@ def load(
         make_room(weight_bytes(model, weight_dtype))
         if weight_dtype == torch.int8:
             load_int8_weights(model, tensors, scales, progress)
+        elif weight_dtype == INT4:
+            load_int4_weights(model, tensors, scales, progress)
         else:
             load_weights(model, tensors, scales, weight_dtype, device, progress)
     keep_freed_memory()

@@ -13,6 +13,7 @@ import torch
 
 from ..config import PaliGemmaConfig
 from ..hardware import dtype_name
+from ..quantization import INT4
 from .load import empty_model
 from .memory import running_bytes
 
@@ -81,13 +82,13 @@ def compute_sizes(family: str, size: str, resolution: int) -> Sizes:
     """Numbers of the architecture that the checkpoints of this family, size and resolution share."""
     model = empty_model(official_config(family, size, resolution))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Sizes(parameters, {dtype: running_bytes(model, dtype) for dtype in (torch.bfloat16, torch.int8)})
+    return Sizes(parameters, {dtype: running_bytes(model, dtype) for dtype in (torch.bfloat16, torch.int8, INT4)})
 
 
 def table() -> str:
     """The checkpoints in Markdown, a row for those that differ in their purpose only, and what the purposes mean."""
     hardware = [f"{name} ({gigabytes} GB)" for name, (gigabytes, _) in HARDWARE.items()]
-    titles = ["checkpoint", "parameters", "memory in bfloat16", "in int8", *hardware]
+    titles = ["checkpoint", "parameters", "memory in bfloat16", "in int8", "in int4", *hardware]
     rows = [titles, ["---"] * len(titles)]
     for (family, size), resolution in product(DECODERS, RESOLUTIONS):
         names, sizes = purposes(family, size, resolution), compute_sizes(family, size, resolution)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..hardware import lack_of_memory
 from ..model import PaliGemma
-from ..quantization import dequantize
+from ..quantization import dequantize, int4
 from .big_vision import BigVisionFile
 from .formats import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE, foreign_tensors
 
 EMBEDDING = "language_model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 COMPUTED_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")  # tables in older files, which the model computes
+# Of the weights that int4 layers hold, and how many of their channels have a scale in common.
+IN_MLP = re.compile(r"language_model\.layers\.\d+\.mlp\..*")
+MLP_GROUP, OUTPUT_GROUP = 64, 32
 UNUSED_PREFIX = "vision_tower.head."  # a pooling head that SigLIP has and PaliGemma does not use
 # How safetensors names what torch calls otherwise.
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -153,6 +157,18 @@ def resolve_output_layer(config: PaliGemmaConfig, tensors: Tensors) -> tuple[Pal
 def linear_weights(model: PaliGemma) -> set[str]:
     """The names of the weights that int8 layers can hold: of linear layers, and the token embedding."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {EMBEDDING}
+
+
+def int4_weights(model: PaliGemma) -> dict[str, int]:
+    """Those among them that int4 layers hold, each with the size of its groups: most of what a decode step reads.
+
+    They are the decoder's MLPs and the output layer, where the kernel takes their shapes. Attention stays in int8: it has
+    a twelfth to a fifth of the weights of a 3B decoder's layers, and would cost about half as much accuracy as the MLPs.
+    """
+    output = EMBEDDING if model.lm_head is None else OUTPUT
+    mlps = {name: MLP_GROUP for name in sorted(linear_weights(model)) if IN_MLP.fullmatch(name)}
+    groups = {output: OUTPUT_GROUP, **mlps}
+    return {name: group for name, group in groups.items() if int4.fits(model.get_parameter(name), group)}
 
 
 def scale_name(name: str) -> str:

@@ -25,7 +25,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     add("models", f"several of them, with commas between, for a menu; `{EMBEDDED}` is the small one that ships inside")
     add("adapter", "a LoRA adapter for --model, a folder or Hub id; it can be given as --model as well")
     add("device", "cpu, cuda or mps")
-    add("dtype", "auto, float32, bfloat16, float16 or int8 (x86 CPUs)")
+    add("dtype", "auto, float32, bfloat16, float16, or on x86 CPUs int8 or int4")
     add("tokenizer", "a tokenizer.json, or a folder that holds one, for all checkpoints but the embedded one")
     parser.add_argument("--compile", action="store_true", help="compile encoder, prefill and decode step (CUDA)")
     host, port = (os.environ.get(f"GRADIO_SERVER_{name}") or None for name in ("NAME", "PORT"))

@@ -28,6 +28,7 @@ _Running = Callable[..., Generator[Any, None, None]]
 EMBEDDED = "embedded"
 STATUS_SECONDS = 0.5  # between two reports of how far the loading is
 FREE_QUESTION = "question"
+LESS_EXACT = ", where answers come faster than in int8 and are less exact"
 
 # What to call, from whatever thread, to end the answer that is made in this context.
 ON_STOP: ContextVar[list[Callable[[], None]]] = ContextVar("ON_STOP")
@@ -300,7 +301,8 @@ def _describe(vlm: VisionLanguageModel) -> str:
     """What a model runs in and on, and why not on a GPU where there is one that torch cannot use."""
     from ..hardware import dtype_name, unused_gpu  # brings torch
 
-    description = f"It runs in {dtype_name(vlm.weight_dtype)} on {vlm.device}."
+    dtype = dtype_name(vlm.weight_dtype)
+    description = f"It runs in {dtype} on {vlm.device}{LESS_EXACT if dtype == 'int4' else ''}."
     problem = unused_gpu() if vlm.device.type == "cpu" else None
     if problem:
         log.warning("%s", problem)

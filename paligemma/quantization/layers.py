@@ -112,10 +112,12 @@ class Int8Embedding(nn.Module):
 
     Args:
         rounded, scale: what `quantize` returns; the rows of tokens are looked up here.
-        output: the same, packed; None if the output layer is another.
+        output: the same as a layer; None if the output layer is another.
     """
 
-    def __init__(self, rounded: Tensor, scale: Tensor, output: Int8Linear | None):
+    weight_dtype = torch.int8  # of the model's linear layers
+
+    def __init__(self, rounded: Tensor, scale: Tensor, output: nn.Module | None):
         super().__init__()
         self.weight = nn.Parameter(rounded, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)

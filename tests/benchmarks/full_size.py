@@ -43,7 +43,7 @@ from benchmarks.llama_cpp_peer import LlamaCpp
 
 import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER
-from paligemma.checkpoints.weights import weight_files
+from paligemma.checkpoints.weights import MLP_GROUP, OUTPUT_GROUP, weight_files
 from paligemma.config import LEFT_OUT_TEXT, PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma.processor import Processor
 
@@ -51,6 +51,10 @@ from paligemma.processor import Processor
 # of 2401 tokens: neither speed nor memory depends on what they mean.
 SIZES = {
     "3b": PaliGemmaConfig(VisionConfig(), TextConfig(), image_token_id=2400),
+    # The widths of a 3B checkpoint, for what a layer costs.
+    "3b-few-layers": PaliGemmaConfig(
+        VisionConfig(num_hidden_layers=2), TextConfig(num_hidden_layers=4), image_token_id=2400
+    ),
     "small": PaliGemmaConfig(
         VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=56),
         TextConfig(
@@ -74,6 +78,7 @@ SMALL_GEMMA2 = {
 }
 GEMMA2_TEXTS = {
     "3b": replace(LEFT_OUT_TEXT["gemma2"], vocab_size=257216),
+    "3b-few-layers": replace(LEFT_OUT_TEXT["gemma2"], vocab_size=257216, num_hidden_layers=4),
     "small": replace(SIZES["small"].text, model_type="gemma2", **SMALL_GEMMA2),
 }
 PROMPT, SECOND_PROMPT = "caption en", "describe en"
@@ -82,6 +87,7 @@ GB = 1e9
 # Of what is measured, and in which order within a round.
 CONTENDERS = [
     ("paligemma", "int8"),
+    ("paligemma", "int4"),
     ("paligemma", "float32"),
     ("transformers", "float32"),
     ("paligemma", "bfloat16"),
@@ -89,8 +95,15 @@ CONTENDERS = [
     ("llama.cpp", "Q8_0"),
     ("llama.cpp", "Q4_0"),
 ]
-# llama.cpp has a float16 scale for each 32 weights.
-WEIGHT_BYTES = {"int8": 1, "float32": 4, "bfloat16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32}
+# Of a weight in attention, in an MLP and in the output layer. llama.cpp has a float16 scale for each 32 of them.
+WEIGHT_BYTES = {
+    "int8": (1, 1, 1),
+    "int4": (1, 1 / 2 + 4 / MLP_GROUP, 1 / 2 + 4 / OUTPUT_GROUP),
+    "float32": (4, 4, 4),
+    "bfloat16": (2, 2, 2),
+    "Q8_0": (34 / 32, 34 / 32, 34 / 32),
+    "Q4_0": (18 / 32, 18 / 32, 18 / 32),
+}
 READ_BYTES = 2**30
 LONG_ANSWER = 512  # tokens
 
@@ -277,8 +290,9 @@ def bytes_per_token(config: PaliGemmaConfig, dtype: str) -> float:
     """What a step reads of the weights: the decoder's layers, and the embedding as its output."""
     text = config.text
     attention = text.hidden_size * text.head_dim * 2 * (text.num_attention_heads + text.num_key_value_heads)
-    layer = attention + 3 * text.hidden_size * text.intermediate_size
-    return WEIGHT_BYTES[dtype] * (text.num_hidden_layers * layer + text.vocab_size * text.hidden_size)
+    layers, mlp = text.num_hidden_layers, 3 * text.hidden_size * text.intermediate_size
+    numbers = layers * attention, layers * mlp, text.vocab_size * text.hidden_size
+    return sum(size * count for size, count in zip(WEIGHT_BYTES[dtype], numbers))
 
 
 @dataclass(frozen=True)
@@ -379,12 +393,18 @@ def report(measurements: dict[tuple[str, str], list[Measurement]], config: PaliG
             best, dtype = min((medians["transformers", dtype][field], dtype) for dtype in dtypes)
             ratios.append(f"{name} {best / medians['paligemma', 'int8'][field]:.2f} ({dtype})")
         lines.append(f"int8: the best of transformers / paligemma: {', '.join(ratios)}")
-    for dtype in (
-        dtype for library, dtype in measurements if library == "llama.cpp" and ("paligemma", "int8") in measurements
-    ):
-        ours, theirs = medians["paligemma", "int8"], medians["llama.cpp", dtype]
-        ratios = ", ".join(f"{name} {theirs[field] / ours[field]:.2f}" for field, name in names.items())
-        lines.append(f"int8: llama.cpp's decoder in {dtype} / paligemma: {ratios}")
+    for ours in ("int8", "int4"):
+        for library, dtype in measurements:
+            if library == "llama.cpp" and ("paligemma", ours) in measurements:
+                seconds = {
+                    field: (medians[library, dtype][field], medians["paligemma", ours][field]) for field in names
+                }
+                ratios = ", ".join(f"{names[field]} {theirs / own:.2f}" for field, (theirs, own) in seconds.items())
+                lines.append(f"{ours}: llama.cpp's decoder in {dtype} / paligemma: {ratios}")
+    if {("paligemma", "int8"), ("paligemma", "int4")} <= measurements.keys():
+        int8, int4 = (medians["paligemma", dtype] for dtype in ("int8", "int4"))
+        ratios = ", ".join(f"{name} {int8[field] / int4[field]:.2f}" for field, name in names.items())
+        lines.append(f"int4: int8 / int4: {ratios}")
     return "\n".join(lines)
 
 

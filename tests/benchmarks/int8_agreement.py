@@ -1,4 +1,4 @@
-"""How often the embedded checkpoint answers in int8 as it does in float32, on fresh scenes.
+"""How often the embedded checkpoint answers in int8, and in int4, as it does in float32, on fresh scenes.
 
 python tests/benchmarks/int8_agreement.py --scenes 500     # takes minutes
 
@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=500)
     arguments = parser.parse_args()
     exact = paligemma.load(device="cpu", dtype="float32")
-    others = {"int8": paligemma.load(device="cpu", dtype="int8"), "only weights rounded": with_rounded_weights()}
+    others = {dtype: paligemma.load(device="cpu", dtype=dtype) for dtype in ("int8", "int4")}
+    others["only weights rounded"] = with_rounded_weights()
     same: dict[str, Counter] = {name: Counter() for name in others}
     for scene in draw_scenes(Painter(load_sheet()), arguments.scenes):
         kind = scene.objects[0].kind

@@ -135,6 +135,23 @@ def test_an_adapter_is_merged_before_weights_are_rounded_to_int8(base, tmp_path,
 
 
 @torch.no_grad()
+def test_an_adapter_is_merged_before_weights_are_rounded_to_int4(base, tmp_path):
+    make_adapter(base, tmp_path / "adapter", **SETTINGS["all linear layers"])
+    merged = paligemma.load(base, adapter=tmp_path / "adapter")
+    save_checkpoint(merged.model, merged.processor.tokenizer, tmp_path / "merged", torch.float32)
+
+    def states(source, adapter=None):
+        """Of as few positions as are computed in int4."""
+        decoder = paligemma.load(source, dtype="int4", adapter=adapter).model.language_model
+        return decoder(decoder.embed(torch.tensor([[100, 101, 102]])), slice(0, 3), None, None)
+
+    made, kept, expected = (*(states(base, tmp_path / "adapter") for _ in range(2)), states(tmp_path / "merged"))
+    assert torch.equal(made, expected)
+    assert torch.equal(kept, expected)
+    assert (states(base) - expected).abs().max() > 0.05
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("settings", ["all linear layers", "output layer adapted", "token embedding adapted"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_an_adapter_is_added_to_what_int8_weights_stand_for(base, tmp_path, settings, dtype):

@@ -13,12 +13,19 @@ from paligemma import PaliGemmaError, hardware
 from paligemma.quantization import Int8Linear
 
 
-def test_int8_is_refused_where_it_cannot_run(monkeypatch):
-    with pytest.raises(PaliGemmaError, match="int8 runs on CPUs, not on meta; please choose bfloat16"):
-        paligemma.load(device="meta", dtype="int8")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantized_weights_are_refused_where_they_cannot_run(monkeypatch, dtype):
+    with pytest.raises(PaliGemmaError, match=f"{dtype} runs on CPUs, not on meta; please choose bfloat16"):
+        paligemma.load(device="meta", dtype=dtype)
     monkeypatch.setattr(hardware, "int8_is_available", lambda: False)
-    with pytest.raises(PaliGemmaError, match="int8 needs an x86 CPU; please choose bfloat16"):
-        paligemma.load(dtype="int8")
+    with pytest.raises(PaliGemmaError, match=f"{dtype} needs an x86 CPU; please choose bfloat16"):
+        paligemma.load(dtype=dtype)
+
+
+def test_int4_is_refused_without_its_instructions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(PaliGemmaError, match=r"int4 needs a CPU with AVX2 or AVX-512; please choose int8\."):
+        paligemma.load(dtype="int4")
 
 
 DRIVER = "The NVIDIA driver on your system is too old (found version 11040)"

@@ -63,7 +63,7 @@ def same(one, other, bound=BOUND):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_the_last_layer_of_the_lens_and_the_token_have_the_probabilities_of_the_model(dtype):
     vlm = paligemma.load(dtype=dtype, device="cpu")
     answer = vlm.stream(CATS, "detect cat")

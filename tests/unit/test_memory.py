@@ -32,17 +32,20 @@ def test_bytes_of_weights_are_those_of_the_loaded_model(empty, dtype):
     assert weight_bytes(empty, dtype) == sum(parameter.nbytes for parameter in loaded.parameters())
 
 
-def test_bytes_of_int8_weights_are_those_of_the_stored_ones(empty, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_bytes_of_quantized_weights_are_those_of_the_stored_ones(empty, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    load(device="cpu", dtype="int8")
-    others, stored = dict(empty.named_parameters()), 0  # the store has what is int8, and its scales
+    load(device="cpu", dtype=dtype)
+    others, stored = dict(empty.named_parameters()), 0  # the stores have what is int8 and int4, and its scales
     for file in tmp_path.glob("paligemma-int8/*/*.safetensors"):
         with safe_open(file, framework="pt") as mapped:
             for key in mapped.keys():
                 stored += mapped.get_tensor(key).nbytes
                 others.pop(key, None)
     assert stored > 0
-    assert weight_bytes(empty, torch.int8) == stored + sum(4 * parameter.numel() for parameter in others.values())
+    assert weight_bytes(empty, getattr(torch, dtype)) == stored + sum(
+        4 * parameter.numel() for parameter in others.values()
+    )
 
 
 def test_running_takes_a_longer_cache_for_larger_images(empty):

@@ -1,4 +1,4 @@
-"""Writes a checkpoint with int8 weights, or lists and removes those that loading keeps beside the Hub's cache."""
+"""Writes a checkpoint with int8 weights, or lists and removes the int8 and int4 weights that loading keeps beside the Hub's cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="where its int8 weights go; made anew")
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json (default: the one beside the checkpoint)")
     parser.add_argument(
-        "--clean", action="store_true", help="list the int8 weights kept here, and remove those that nothing reads"
+        "--clean",
+        action="store_true",
+        help="list the int8 and int4 weights kept here, and remove those that nothing reads",
     )
     given = parser.parse_args(arguments)
     if given.clean == (given.folder is not None) or (given.clean and given.source is not None):
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def clean() -> None:
-    """Print a line for each folder of int8 weights that is kept, and remove those that no loading will read."""
+    """Print a line for each folder of weights that is kept, and remove those that no loading will read."""
     for folder, size, is_current in stores():
         print(f"{size / 1e9:6.2f} GB  {'kept   ' if is_current else 'removed'}  {folder}")
     remove_outdated()

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ...config import PaliGemmaConfig, PaliGemmaError
 from ...mask_decoder import FILE_NAMES as MASK_DECODER_FILES
+from ...quantization import quantize
 from ..formats import CONFIG_FILE, INDEX_FILE, INT8_QUANTIZATION
 from ..load import open_checkpoint
 from ..weights import Progress, ignore, linear_weights, official_name, open_file, read_tensor
@@ -77,8 +78,15 @@ def write_int8_checkpoint(
             refuse_present()
             with whole_folder(folder, needed) as unfinished:
                 weights = {official_name(name): opened.tensors[name] for name in parameters if name in linear}
-                sizes = {official_name(name): parameter.numel() for name, parameter in parameters.items()}
-                write_files(weights, sizes, unfinished, {"format": "pt"}, progress)
+                sizes = {official_name(name): parameters[name].numel() for name in parameters if name in linear}
+                write_files(
+                    "int8",
+                    sizes,
+                    lambda name: quantize(read_tensor(*weights[name])),
+                    unfinished,
+                    {"format": "pt"},
+                    progress,
+                )
                 others = {
                     official_name(name): read_tensor(*place).float().contiguous()
                     for name, place in opened.tensors.items()

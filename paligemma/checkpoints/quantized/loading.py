@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,12 +24,13 @@ from ..weights import (
     scale_name,
     set_by_name,
 )
-from .store import find_store, read_checked
+from .store import find_store, read_checked, remove_damaged
 
-log = logging.getLogger(__name__)
+# Gives the int8 weight of this name, and its scale.
+Int8Weight = Callable[[str], tuple[Tensor, Tensor]]
 
 
-def load_int8_weights(model: PaliGemma, tensors: Tensors, scales: Tensors, progress: Progress = ignore) -> None:
+def load_int8_weights(model: PaliGemma, tensors: Tensors, scales: Tensors, progress: Progress = ignore) -> Int8Weight:
     """Put `tensors` into `model`, which was built on `meta`, with int8 layers in place of linear ones.
 
     Args:
@@ -38,13 +38,20 @@ def load_int8_weights(model: PaliGemma, tensors: Tensors, scales: Tensors, progr
         scales: of a checkpoint with int8 weights, the scale of each, under `scale_name`. Of others, none: their int8
             weights are kept on the disk, or where they cannot be, made in memory, anew each time.
 
+    Returns:
+        what else is to be made of them is made from.
+
     Raises:
         PaliGemmaError: the checkpoint has int8 weights, and these are damaged.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     linear = linear_weights(model)
     weights = {name: tensors[name] for name in tensors if name in linear}
-    stored = weights | scales if scales else find_store(weights, sizes, progress) or {}
+
+    def make(name: str) -> tuple[Tensor, Tensor]:
+        return quantize(read_weight(tensors[name], scales.get(scale_name(name))))
+
+    stored = weights | scales if scales else find_store("int8", weights, sizes, make, progress) or {}
     # Of a checkpoint with int8 weights, an adapter's are not.
     int8 = {name for name in weights if scale_name(name) in stored and (not scales or stored[name].update is None)}
     memo = InputMemo()
@@ -52,13 +59,13 @@ def load_int8_weights(model: PaliGemma, tensors: Tensors, scales: Tensors, progr
 
     def int8_weight(name: str) -> tuple[Tensor, Tensor]:
         if name not in int8:
-            return quantize(read_weight(tensors[name], scales.get(scale_name(name))))
+            return make(name)
         rounded, scale = (read_checked(one.file, one.key, damaged) for one in (stored[name], stored[scale_name(name)]))
         if rounded is not None and scale is not None:
             return rounded, scale
         if scales:
             raise PaliGemmaError(f"{stored[name].file} holds damaged int8 weights; please fetch it again.")
-        return quantize(read_tensor(*tensors[name]))
+        return make(name)
 
     def put(name: str) -> None:
         owner, _, kind = name.rpartition(".")
@@ -88,7 +95,5 @@ def load_int8_weights(model: PaliGemma, tensors: Tensors, scales: Tensors, progr
             task.result()
             done += sizes[tasks[task]]
             progress("Packing the int8 weights", done / total)
-    for file in damaged:
-        log.warning("%s holds damaged int8 weights; the next start makes them anew", file)
-        with suppress(OSError):
-            file.unlink()
+    remove_damaged(damaged, "int8")
+    return int8_weight
