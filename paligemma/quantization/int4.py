@@ -11,6 +11,8 @@ bfloat16 then, and so is the product.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ LOWEST, HIGHEST = -8.0, 7.0  # codes
 # in groups of 32, the root of the mean square; one start alone 0.0737, no search 0.0785; 49 starts 0.0692.
 STARTS = ((1.0, 1.0), (1.0, 0.87), (0.87, 1.0))
 ROUNDS = 2
+SERIAL_NUMBERS = 2**15 - 1  # the most that torch computes in the calling thread alone
 SMALLEST_INPUT = 0.01  # of the median: channels below count as that
 
 
@@ -67,15 +70,27 @@ def quantize_int4(rounded: Tensor, scale: Tensor, inputs: Tensor, group: int) ->
     steps = torch.empty(channels // group, outputs, 2, dtype=torch.bfloat16)
     factors = inputs.clamp_min(SMALLEST_INPUT * inputs.median()).clamp_min_(TINY).log_().div_(2)
     factors = factors.sub_(factors.mean()).exp_()
-    count = max(1, NUMBERS_AT_ONCE // channels // BLOCK) * BLOCK
-    for start in range(0, outputs, count):
-        rows = slice(start, start + count)
+
+    def put(rows: slice) -> None:
         weight = rotate(unrotate(rounded[rows] * scale[rows, None]).mul_(factors))
-        groups = weight.view(-1, channels // group, group)
-        step, offset = _fit(groups)
-        steps[:, rows, 0], steps[:, rows, 1] = step[..., 0].T, offset[..., 0].T
-        codes = _codes(groups, step, offset).sub_(LOWEST).to(torch.int32)
-        packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.view(-1, channels), 1)
+        codes = torch.empty(weight.shape, dtype=torch.int32)
+        found = steps[:, rows].transpose(0, 1)  # [rows, in / group, 2]
+        # In pieces that torch does not share out among threads: those that wait for each other lose all on busy cores.
+        count = SERIAL_NUMBERS // group
+        numbers = torch.empty(weight.numel() // group, 2, dtype=torch.bfloat16)
+        for groups, its_codes, its_numbers in zip(
+            *(weight.view(-1, group).split(count), codes.view(-1, group).split(count), numbers.split(count))
+        ):
+            step, offset = _fit(groups)
+            its_codes.copy_(_codes(groups, step, offset).sub_(LOWEST))
+            its_numbers.copy_(torch.cat((step, offset), dim=1))
+        found.copy_(numbers.view(found.shape))
+        packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+    count = max(1, NUMBERS_AT_ONCE // channels // BLOCK) * BLOCK
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for _ in threads.map(put, (slice(start, start + count) for start in range(0, outputs, count))):
+            pass
     return packed, steps, 1 / factors
 
 
