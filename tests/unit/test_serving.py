@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import EXAMPLES, Watched, wait_until
@@ -208,7 +209,8 @@ def test_closing_an_answer_ends_what_its_thread_waits_for():
         answering.close()
         await waiting
 
-    asyncio.run(answer())
+    with ThreadPoolExecutor(1) as thread:  # where no loop of Playwright's runs
+        thread.submit(asyncio.run, answer()).result()
     assert is_closed.wait(5)
 
 
