@@ -44,9 +44,7 @@ MAX_QUEUE_LENGTH = 128
 MAX_CLIENT_SHARE = 64  # of the queue, for one address
 MAX_SESSIONS = 500  # of which the server knows what they see inside; each takes about 0.1 MB
 MAX_BODY_LENGTH = 128_000  # bytes
-MAX_AGENTS_BODY_LENGTH = (
-    32_000_000  # bytes, of a call over MCP: a file of `MAX_FILE_SIZE` in base64, and what is around it
-)
+MAX_AGENTS_BODY_LENGTH = 32_000_000  # bytes, of a call over MCP: a file of `MAX_FILE_SIZE` in base64, and more
 MAX_UPLOADS_PER_HOUR = 500_000_000  # bytes, of one address
 FILES_KEPT_SECONDS = 3600
 

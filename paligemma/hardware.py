@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
-import mmap
 import os
 import re
 import subprocess
@@ -57,15 +55,6 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 def on_device(numbers: Sequence, device: torch.device) -> Tensor:
     """An int64 tensor of them on a device, without waiting for it."""
     return torch.tensor(numbers).to(device, non_blocking=True)
-
-
-def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros of which a CPU holds only what has been written to, in pages; `torch.zeros` may write all of its memory."""
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with the tensor
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def unused_gpu() -> str | None:

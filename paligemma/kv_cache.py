@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +11,18 @@ import torch
 from torch import Tensor
 
 from .config import TextConfig
-from .hardware import lazy_zeros
 
 # Stores the keys and values of a layer, each [B, kv_heads, T, head_dim], and returns those to attend to, with S positions.
 Write = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros of which a CPU holds only what has been written to, in pages; `torch.zeros` may write all of its memory."""
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with the tensor
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class KVCache:

@@ -86,7 +86,8 @@ class Processor:
         if images > 1 and capacity < 3:  # `<bos>`, a token, a line end
             fitting = max(1, (context - 4) // patches)
             raise PaliGemmaError(f"There are {images} pictures, but {fitting} fit; please give fewer.")
-        capacity = min(capacity, capacity if longest is None else longest)
+        if longest is not None:
+            capacity = min(capacity, longest)
         if len(prompt) > capacity * self._longest_token:  # before all work that takes time in proportion to it
             fitting = capacity * self._longest_token
             raise PaliGemmaError(f"The prompt has {len(prompt)} characters, but {fitting} fit; please shorten it.")

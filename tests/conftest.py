@@ -47,6 +47,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def int8_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where int8 and int4 weights are kept, for one test alone."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "paligemma-int8"
+
+
 @pytest.fixture(scope="session")
 def tiny() -> paligemma.VisionLanguageModel:
     """The embedded checkpoint."""

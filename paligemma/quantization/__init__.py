@@ -22,7 +22,7 @@ Residuals of all rows would be more exact, but a prefill would take twice as lon
 0.0019 by the rounding of the weights alone; a search of each channel's scale leaves it there, since the largest of a
 thousand Gaussian weights already is where 255 levels are used best.
 
-In int4 (see `int4`), MLPs and output layer, it is 0.12, and 0.08 with the output layer in int8.
+In int4 (see `int4`), MLPs and output layer, it is 0.12, and 0.08 with the output layer in float32.
 """
 
 from .int4 import INT4, Int4Linear, quantize_int4

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 64  # rows and columns of a weight that oneDNN's layout holds together, see `onednn_layout`
+BLOCK = 64  # rows and columns of a weight that oneDNN's layout holds together, see `write_layout`
 # By shape, a packed weight that is in use and follows this layout.
 PACKED: WeakValueDictionary[torch.Size, Tensor] = WeakValueDictionary()
 

@@ -1,11 +1,10 @@
-"""int4: how exact its layers are, when they are used, and how their weights are made once and kept."""
+"""int4: how exact its layers are, when they are used, and how their weights are made once and int8_cache."""
 
 from __future__ import annotations
 
 import shutil
 from functools import cache
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import EXAMPLES
@@ -30,13 +29,6 @@ SHAPES = [(2048, 256), (2304, 1024), (3584, 128), (9216, 128), (14336, 64), (163
 def within_packing():
     with packing():
         yield
-
-
-@pytest.fixture
-def kept(tmp_path, monkeypatch):
-    """Where weights are kept, for this test alone."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "paligemma-int8"
 
 
 @pytest.fixture
@@ -160,7 +152,7 @@ def decoded(vlm, count=MOST_ROWS):
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
-def test_few_positions_give_what_float32_gives_with_the_same_weights(tmp_path, kept, family):
+def test_few_positions_give_what_float32_gives_with_the_same_weights(tmp_path, int8_cache, family):
     folder = save_reference(make_reference(family=family, std=0.2), tmp_path / "random")
     ours, exact = paligemma.load(folder, dtype="int4"), paligemma.load(folder, dtype="float32")
     assert ours.weight_dtype == INT4
@@ -176,7 +168,7 @@ def test_few_positions_give_what_float32_gives_with_the_same_weights(tmp_path, k
     assert relative_error(decoded(ours), decoded(exact)) < 0.2 * relative_error(before, decoded(exact))
 
 
-def test_the_output_layer_is_in_int4_where_its_kernel_takes_it(tmp_path, kept):
+def test_the_output_layer_is_in_int4_where_its_kernel_takes_it(tmp_path, int8_cache):
     reference = make_reference(std=0.2)
     reference.resize_token_embeddings(2432)
     vlm = paligemma.load(save_reference(reference, tmp_path / "random"), dtype="int4")
@@ -187,7 +179,7 @@ def test_the_output_layer_is_in_int4_where_its_kernel_takes_it(tmp_path, kept):
     assert vlm.model.language_model.embed_tokens.weight.dtype == torch.int8
 
 
-def test_answers_of_the_embedded_checkpoint_are_right_and_the_page_says_what_int4_is(kept):
+def test_answers_of_the_embedded_checkpoint_are_right_and_the_page_says_what_int4_is(int8_cache):
     vlm = paligemma.load(dtype="int4")
     assert vlm.generate(EXAMPLES / "cats.png", "caption en") == "2 cats on an orange background"
     models = Models([None], lambda source, **_: vlm)
@@ -195,7 +187,7 @@ def test_answers_of_the_embedded_checkpoint_are_right_and_the_page_says_what_int
     assert "int4 on cpu, where answers come faster than in int8 and are less exact." in models.status(EMBEDDED)
 
 
-def test_many_positions_give_what_int8_gives(folder, kept):
+def test_many_positions_give_what_int8_gives(folder, int8_cache):
     in_int8, in_int4 = (paligemma.load(folder, dtype=dtype) for dtype in ("int8", "int4"))
     assert torch.equal(decoded(in_int8, 4), decoded(in_int4, 4))
     assert relative_error(decoded(in_int8, 3), decoded(in_int4, 3)) > 0.01
@@ -212,26 +204,26 @@ def written(monkeypatch):
     return forms
 
 
-def test_int4_weights_are_made_once_of_the_int8_ones(folder, kept, written):
+def test_int4_weights_are_made_once_of_the_int8_ones(folder, int8_cache, written):
     first = decoded(paligemma.load(folder, dtype="int4"))
     assert written == ["int8", "int4"]
     assert torch.equal(decoded(paligemma.load(folder, dtype="int4")), first)
     paligemma.load(folder, dtype="int8")
     assert written == ["int8", "int4"]
-    assert len(list(kept.iterdir())) == 2
+    assert len(list(int8_cache.iterdir())) == 2
 
 
-def test_int4_weights_packed_for_another_cpu_are_made_anew(folder, kept, written, monkeypatch):
+def test_int4_weights_packed_for_another_cpu_are_made_anew(folder, int8_cache, written, monkeypatch):
     paligemma.load(folder, dtype="int4")
     monkeypatch.setattr(store, "layout", lambda: "another")
     paligemma.load(folder, dtype="int4")
     assert written == ["int8", "int4", "int4"]
-    assert len(list(kept.iterdir())) == 2, "those for the other are removed"
+    assert len(list(int8_cache.iterdir())) == 2, "those for the other are removed"
 
 
-def test_flipped_bytes_are_noticed_and_made_good(folder, kept, written, caplog):
+def test_flipped_bytes_are_noticed_and_made_good(folder, int8_cache, written, caplog):
     expected = decoded(paligemma.load(folder, dtype="int4"))
-    (file,) = (file for file in kept.glob("*/*.safetensors") if b'"BF16"' in file.read_bytes())
+    (file,) = (file for file in int8_cache.glob("*/*.safetensors") if b'"BF16"' in file.read_bytes())
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
@@ -241,19 +233,19 @@ def test_flipped_bytes_are_noticed_and_made_good(folder, kept, written, caplog):
     assert written == ["int8", "int4", "int4"]
 
 
-def test_int4_weights_that_cannot_be_kept_are_made_in_memory_with_a_warning(folder, kept, caplog, monkeypatch):
+def test_int4_weights_that_cannot_be_kept_are_made_in_memory_with_a_warning(folder, int8_cache, caplog, monkeypatch):
     expected = decoded(paligemma.load(folder, dtype="int4"))
-    shutil.rmtree(kept)
+    shutil.rmtree(int8_cache)
     paligemma.load(folder, dtype="int8")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
     assert torch.equal(decoded(paligemma.load(folder, dtype="int4")), expected)
-    assert f"int4 weights cannot be kept in {kept}" in caplog.text
+    assert f"int4 weights cannot be kept in {int8_cache}" in caplog.text
 
 
-def test_a_checkpoint_with_int8_weights_gives_the_same(folder, kept, tmp_path, written):
+def test_a_checkpoint_with_int8_weights_gives_the_same(folder, int8_cache, tmp_path, written):
     expected = decoded(paligemma.load(folder, dtype="int4"))
     shared = write_int8_checkpoint(folder, tmp_path / "shared")
-    shutil.rmtree(kept)
+    shutil.rmtree(int8_cache)
     written.clear()
     assert torch.equal(decoded(paligemma.load(shared, dtype="int4")), expected)
     assert torch.equal(decoded(paligemma.load(shared, dtype="int4")), expected)

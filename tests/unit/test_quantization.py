@@ -56,13 +56,6 @@ def within_packing():
 
 
 @pytest.fixture
-def int8_cache(tmp_path, monkeypatch):
-    """Where int8 weights are kept, for this test alone."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "paligemma-int8"
-
-
-@pytest.fixture
 def folder(tmp_path):
     return save_reference(make_reference(std=0.2), tmp_path / "checkpoint")
 
