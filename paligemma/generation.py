@@ -29,6 +29,11 @@ ImageSource = Image.Image | str | os.PathLike
 Images = ImageSource | Sequence[ImageSource]
 
 
+def as_list(images: Images) -> list[ImageSource]:
+    """One image or several, as a list; a text is a path."""
+    return [images] if isinstance(images, str) or not isinstance(images, Sequence) else list(images)
+
+
 @dataclass(frozen=True)
 class Token:
     """One generated token.
@@ -369,7 +374,7 @@ class VisionLanguageModel:
         **settings: Unpack[Settings],
     ) -> TokenSequence:
         """As `make_sequence`, from images and a prompt, which are checked; `seen` holds images' pixel values."""
-        images = [image] if isinstance(image, str) or not isinstance(image, Sequence) else list(image)
+        images = as_list(image)
         input_ids = self.processor.input_ids(prompt, len(images))
         sequence = self.make_sequence([], input_ids, events, answer_ids, **settings)
         for one in images:

@@ -33,7 +33,7 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..engine import MAX_ROWS
-from ..generation import AnswerBatch, Images, ImageSource, Settings, VisionLanguageModel
+from ..generation import AnswerBatch, Images, ImageSource, Settings, VisionLanguageModel, as_list
 from ..images import open_image, to_rgb
 from ..mask_decoder import MaskDecoder
 from ..processor import Processor
@@ -324,17 +324,15 @@ class RemoteModel:
         **settings: Any,  # noqa: ANN401
     ) -> RemoteAnswers:
         """See `VisionLanguageModel.stream_batch`; what is wrong with the arguments is raised with the first token."""
-        own = [[some] if isinstance(some, str) or not isinstance(some, Sequence) else some for some in images]
-        places: dict[int, int] = {}  # of each image that differs, by its identity
-        for image in chain(*own):
-            places.setdefault(id(image), len(places))
-        different = {id(image): image for image in chain(*own)}.values()
+        own = [as_list(some) for some in images]
+        different = {id(image): image for image in chain(*own)}  # those that several prompts are about travel once
+        places = {identity: place for place, identity in enumerate(different)}
         numbers = [[places[id(image)] for image in some] for some in own]
-        return self._stream("answer", different, numbers, list(prompts), settings)
+        return self._stream("answer", different.values(), numbers, list(prompts), settings)
 
     def resume(self, image: Images, prompt: str, token_ids: Sequence[int]) -> RemoteAnswer:
         """See `VisionLanguageModel.resume`; what it is asked goes where the keys and values of the answer should be."""
-        images = [image] if isinstance(image, str) or not isinstance(image, Sequence) else list(image)
+        images = as_list(image)
         return RemoteAnswer(
             lambda method, *of, **settings: self.look(images, [prompt], settings, token_ids, method, of)
         )
