@@ -24,18 +24,17 @@ from torch import Tensor
 
 from .compilation import CompiledModel
 from .config import PaliGemmaError
-from .hardware import available_memory, give_back_freed_memory_later, lack_of_memory, on_device
+from .hardware import cache_bytes, choose_threads, give_back_freed_memory_later, lack_of_memory, on_device, threads
 from .kv_cache import KVCache
 from .model import PaliGemma
 from .prefill import Prefill
-from .sequence import Closed, TokenSequence
+from .replay import operations
+from .sequence import ChosenToken, Closed, TokenSequence
 
 # Between two steps of the others, a prefill may take as long as this many of these steps: who is running then waits at
 # most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
 PREFILL_SHARE = 1.3
 MAX_ROWS = 16
-# Of all slots together, see `_cache_bytes`; a 3B checkpoint has 38 MB of keys and values for 1,024 positions, in float32.
-MAX_CACHE_BYTES = 2**30
 TEXT_POSITIONS = 768  # of a slot, after the image: the longest prompt of the page and the longest answer to it
 NOT_FINITE = (
     "The logits are not finite in {}; please choose the dtype bfloat16, or, if they are not in that either, fetch the "
@@ -52,11 +51,12 @@ class Engine:
 
     Args:
         model: in its final place and dtype; nothing else may run it.
-        rows: how many sequences are decoded together at most, if the memory holds their cache, see `_cache_bytes`.
+        rows: how many sequences are decoded together at most, if the memory holds their cache, see `cache_bytes`.
     """
 
     def __init__(self, model: PaliGemma, rows: int = MAX_ROWS):
         self.model, self.rows, self.prefill = model, rows, Prefill(model)
+        self._threads, self._step_threads = choose_threads(), choose_threads(operations(model.config.text, 1, 0))
         self._reset()
 
     def _reset(self) -> None:
@@ -78,7 +78,7 @@ class Engine:
 
     def submit(self, sequence: TokenSequence) -> None:
         """Let a sequence wait for its turn."""
-        sequence.engine = self
+        sequence.engine, sequence.submitted_at = self, time.perf_counter()
         self._wake_for(lambda: self._waiting.append(sequence))
 
     def call(self, job: Callable[[], T]) -> T:
@@ -114,6 +114,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self) -> None:
         """Work until no sequence is left."""
+        torch.set_num_threads(self._threads)
         while self._wait_for_work():
             try:
                 if self._jobs:
@@ -195,7 +196,7 @@ class Engine:
         usual = self.model.config.vision.num_patches + TEXT_POSITIONS
         capacity = min(max(capacity, usual), text.max_position_embeddings)
         position = text.cached_numbers * dtype.itemsize
-        slots = max(1, min(self.rows, _cache_bytes(self.model.device) // (position * capacity)))
+        slots = max(1, min(self.rows, cache_bytes(self.model.device) // (position * capacity)))
         cache = KVCache(text, slots, capacity, dtype, self.model.device)
         if self.prefill.compiled is not None:
             cache.mark_static()
@@ -244,6 +245,10 @@ class Engine:
 
     def _step(self) -> None:
         """Append one token to every running sequence that is not too far ahead of its reader."""
+        with threads(self._step_threads):
+            self._decode()
+
+    def _decode(self) -> None:
         start, active = time.perf_counter(), []
         for row, sequence in enumerate(self._running):
             is_paused = self._is_paused(sequence)
@@ -286,11 +291,7 @@ class Engine:
                 sequence.put(None)
             else:
                 sequence.answer_ids.append(int(token_id))
-                sequence.put((int(token_id), probability))
+                seconds = time.perf_counter() - sequence.submitted_at
+                sequence.put(ChosenToken(int(token_id), probability, seconds))
                 if sequence.written == sequence.max_new_tokens:
                     sequence.put(None)
-
-
-def _cache_bytes(device: torch.device) -> int:
-    """What the cache may take: on a GPU half of the memory that is free, if that is more than elsewhere."""
-    return max(MAX_CACHE_BYTES, available_memory() // 2) if device.type == "cuda" else MAX_CACHE_BYTES

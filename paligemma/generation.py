@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TypedDict, Unpack
 
@@ -22,7 +22,7 @@ from .model import PaliGemma
 from .processor import Processor, TextStream
 from .replay import encoder_attention
 from .sampling import Sampler
-from .sequence import Events, TokenSequence, read
+from .sequence import ChosenToken, Events, TokenSequence, read
 
 MAX_SEED = 2**63
 ImageSource = Image.Image | str | os.PathLike
@@ -42,11 +42,13 @@ class Token:
     text: what it adds to the answer; empty in the middle of a character of several bytes. A character that is still
         unfinished when the answer ends is left out.
     probability: the model's own, before temperature and filters.
+    seconds: from when the answer was asked for until this was computed, which may be long before it is read.
     """
 
     id: int
     text: str
     probability: float
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Settings(TypedDict, total=False):
@@ -79,7 +81,7 @@ class Answer:
         pieces = [self._text.push(token_id) for token_id in sequence.answer_ids]
         if probability is not None:
             self._given, self._count = Token(sequence.answer_ids[-1], pieces[-1], probability), self._count - 1
-        self._events: Iterator[tuple[TokenSequence, tuple[int, float] | None]] | None = None
+        self._events: Iterator[tuple[TokenSequence, ChosenToken | None]] | None = None
         if sequence.max_new_tokens == 0:
             self._events = iter(())
 
@@ -170,7 +172,7 @@ class AnswerBatch:
         self._numbers = {sequence: number for number, sequence in enumerate(sequences)}
         self._texts = [vlm.processor.text_stream() for _ in sequences]
         self._counts = [0] * len(sequences)
-        self._events = read(events, sequences)
+        self._queue, self._events = events, read(events, sequences)
         self._is_submitted = False
 
     def __iter__(self) -> AnswerBatch:
@@ -185,6 +187,15 @@ class AnswerBatch:
         number = self._numbers[sequence]
         self._counts[number] += event is not None
         return number, None if event is None else _token(event, self._texts[number])
+
+    def take(self) -> list[tuple[int, Token | None]]:
+        """The next one, and all others that are there already; none at the end."""
+        taken = []
+        for one in self:
+            taken.append(one)
+            if self._queue.empty():
+                break
+        return taken
 
     def answer(self, number: int) -> Answer:
         """The answer to a prompt as far as it was read, to see inside it or to go on from it; it has no more tokens."""
@@ -323,16 +334,16 @@ class VisionLanguageModel:
         """What the engine does at present, see `Engine.figures`."""
         return self.engine.figures()
 
-    @torch.inference_mode()
     def decode_mask(self, codes: Sequence[int]) -> np.ndarray | None:
         """The mask that 16 `<seg>` codes stand for, see `annotations.place_mask`.
 
         Returns:
             float32 [64, 64], above zero where the object is; None if the checkpoint came without a mask decoder.
         """
-        if self.mask_decoder is None:
+        decoder = self.mask_decoder
+        if decoder is None:
             return None
-        return self.mask_decoder(torch.tensor([list(codes)]))[0].numpy()
+        return self.engine.call(lambda: decoder(torch.tensor([list(codes)])))[0].numpy()
 
     def make_sequence(
         self,
@@ -404,6 +415,5 @@ class VisionLanguageModel:
         return generator.manual_seed(int(seed))
 
 
-def _token(chosen: tuple[int, float], text: TextStream) -> Token:
-    token_id, probability = chosen
-    return Token(token_id, text.push(token_id), probability)
+def _token(chosen: ChosenToken, text: TextStream) -> Token:
+    return Token(chosen.id, text.push(chosen.id), chosen.probability, chosen.seconds)

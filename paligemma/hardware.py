@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from threading import Timer
+from threading import Thread, Timer
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +32,20 @@ DTYPES = {
 }
 # From this many parameters on, reading them is what a CPU spends its time with.
 LARGE = 500_000_000
+# Up to so many multiplications, a second core makes a decode step no faster: measured with 3 million, of 1 to 16 rows.
+SMALL_STEP = 10_000_000
+THREADS = torch.get_num_threads()  # as whoever started this, or OMP_NUM_THREADS, has chosen it
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
 KEPT_BYTES = 2**30
 IDLE_SECONDS = 5.0  # after which what has been freed is given back
 LACK_OF_MEMORY = re.compile(
     "can(no|')t allocate memory|not enough memory", re.IGNORECASE
 )  # of torch, and of the kernel
+# Of keys and values; a 3B checkpoint has 38 MB of them for 1,024 positions, in float32.
+MAX_CACHE_BYTES = 2**30
 PROC, CGROUPS, DEVICES = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev")
+Parameters = ParamSpec("Parameters")
+T = TypeVar("T")
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -181,6 +191,46 @@ def int8_is_faster() -> bool:
     return seconds(int8, prompt) < seconds(bfloat16, prompt.bfloat16())
 
 
+def choose_threads(operations: int | None = None) -> int:
+    """How many threads may compute; where so many multiplications a row are given, how many make that decode step."""
+    return 1 if operations is not None and operations <= SMALL_STEP else min(THREADS, available_cores())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, compute with so many threads; torch sets this for the calling thread, and for others that are yet to come."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_own_thread(work: Callable[Parameters, T]) -> Callable[Parameters, T]:
+    """`work`, run in a thread that ends with it, for what computes on a CPU beside the engine.
+
+    OpenMP keeps a team of threads for every thread that has computed with it. As long as all teams together are more
+    than the cores, their members go to sleep between two operations instead of waiting awake, and are slow to come back:
+    the embedded checkpoint's answers take half as long again (measured on two cores).
+    """
+
+    @wraps(work)
+    def run(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> T:
+        future: Future[T] = Future()
+
+        def target() -> None:
+            try:
+                future.set_result(work(*arguments, **keywords))
+            except BaseException as error:  # reaches whoever waits
+                future.set_exception(error)
+
+        Thread(target=target, daemon=True).start()
+        return future.result()
+
+    return run
+
+
 def available_cores() -> int:
     """How many cores the process may keep busy: those it may run on, or fewer if its container has a quota.
 
@@ -209,6 +259,11 @@ def available_memory() -> int:
                 own = _number_after("inactive_file", group / "memory.stat", default=0)
                 free.append(limit - used + _number_after("total_inactive_file", group / "memory.stat", default=own))
     return min(free)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """What keys and values may take: on a GPU half of the memory that is free, if that is more than elsewhere."""
+    return max(MAX_CACHE_BYTES, available_memory() // 2) if device.type == "cuda" else MAX_CACHE_BYTES
 
 
 def total_memory(device: torch.device) -> int:

@@ -145,7 +145,7 @@ class KeptCache:
     key: of the images, the prefix and the weights.
     ids: of its positions, prefix and answer.
     keys, values: see `KVCache.copy`.
-    prefill_seconds, step_seconds: what it took to compute them, see `TokenSequence`.
+    prefill_seconds, step_seconds, first_logits: see `TokenSequence`.
     """
 
     key: Hashable
@@ -154,10 +154,11 @@ class KeptCache:
     values: Tensor
     prefill_seconds: float
     step_seconds: list[float]
+    first_logits: Tensor | None
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + self.values.nbytes + (0 if self.first_logits is None else self.first_logits.nbytes)
 
 
 class KeptCaches:

@@ -23,7 +23,7 @@ class Prefill:
     """Reads sequences with a model, for the one thread that owns it.
 
     The features of the latest images are kept, and so are the keys and values of the latest answers, for whoever looks
-    inside one or lets it go on with another token.
+    inside one, lets it go on with another token, or asks the same again.
     """
 
     def __init__(self, model: PaliGemma):
@@ -31,7 +31,7 @@ class Prefill:
         self.compiled: CompiledModel | None = None
         self.kept = KeptCaches(MAX_KEPT_BYTES)
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()  # the newest last
-        self.hits = self.misses = 0  # images whose features were there, and were not
+        self.hits = self.misses = 0  # images whose features, or all that follows from them, were there, and were not
 
     def read(
         self, sequence: TokenSequence, cache: KVCache, slot: int, after_layer: Callable[[], None]
@@ -42,20 +42,24 @@ class Prefill:
             after_layer: called after each layer.
 
         Returns:
-            float32 [1, vocab_size], the logits of the next token; None if the keys and values were kept.
+            float32 [1, vocab_size], the logits of the next token; None if there are tokens and all was kept.
         """
-        kept = self._find(sequence) if sequence.answer_ids else None
-        if kept is not None:
+        kept = self._find(sequence)
+        if kept is not None and (sequence.answer_ids or kept.first_logits is not None):
             cache.restore(slot, kept.keys[:, :, : sequence.length], kept.values[:, :, : sequence.length])
-            sequence.prefill_seconds = kept.prefill_seconds
-            sequence.step_seconds = kept.step_seconds[: len(sequence.answer_ids) - 1]
-            return None
+            sequence.prefill_seconds, sequence.first_logits = kept.prefill_seconds, kept.first_logits
+            sequence.step_seconds = kept.step_seconds[: max(0, len(sequence.answer_ids) - 1)]
+            self.hits += len(sequence.pixel_values)
+            return None if sequence.answer_ids else kept.first_logits
         features = self.image_features(sequence, after_layer)
         input_ids = on_device([sequence.ids[: sequence.length]], self.model.device)
         prefix_lengths = None
         if len(sequence.input_ids) < sequence.length:
             prefix_lengths = on_device([len(sequence.input_ids)], self.model.device)
-        return (self.compiled or self.model).prefill(features, input_ids, cache, slot, prefix_lengths, after_layer)
+        logits = (self.compiled or self.model).prefill(features, input_ids, cache, slot, prefix_lengths, after_layer)
+        if not sequence.answer_ids:
+            sequence.first_logits = logits
+        return logits
 
     def image_features(self, sequence: TokenSequence, after_layer: Callable[[], None] | None = None) -> Tensor:
         """The features of a sequence's images, float [1, patches, hidden_size], computed unless they are kept."""
@@ -104,7 +108,7 @@ class Prefill:
     def _copy(self, sequence: TokenSequence, cache: KVCache, slot: int) -> KeptCache:
         keys, values = cache.copy(slot, sequence.length)
         ids, seconds = sequence.ids[: sequence.length], (sequence.prefill_seconds, sequence.step_seconds)
-        return KeptCache(self._key(sequence), ids, keys, values, *seconds)
+        return KeptCache(self._key(sequence), ids, keys, values, *seconds, sequence.first_logits)
 
     def _key(self, sequence: TokenSequence) -> Hashable:
         return tuple(sequence.image_digests), tuple(sequence.input_ids), self.model.version()

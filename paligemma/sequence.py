@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,16 @@ class Closed(Exception):
     """Ends what is done for a sequence that nobody waits for any more."""
 
 
-# A token's id and its probability; or the error that ends a sequence; or None, its end.
-Event = tuple[int, float] | BaseException | None
+class ChosenToken(NamedTuple):
+    """A token of an answer, see `generation.Token`."""
+
+    id: int
+    probability: float
+    seconds: float
+
+
+# What a reader gets: a token; or the error that ends a sequence; or None, its end.
+Event = ChosenToken | BaseException | None
 Events = SimpleQueue[tuple["TokenSequence", Event]]
 
 
@@ -54,11 +62,15 @@ class TokenSequence:
         self.sampler, self.generator = sampler, generator
         self.events = events
         self.engine: Engine | None = None
+        self.submitted_at = 0.0  # seconds of `time.perf_counter`
         self.answer_ids = list(answer_ids)  # of which the next step appends the last to the cache
         self.length = len(input_ids) + max(0, len(answer_ids) - 1)  # positions that are in the cache
         self.capacity = len(input_ids) + len(answer_ids) + max_new_tokens - 1  # at most; the last token is never read
         # The seconds of the prefill and of each step, in which others may have had theirs.
         self.prefill_seconds, self.step_seconds = 0.0, list[float]()
+        self.first_logits: Tensor | None = (
+            None  # float32 [1, vocab_size], which its first token was chosen by, if known
+        )
         self.is_closed = self.has_failed = self.sits_out = False
         # Counted apart by the thread that writes and the one that reads, so that neither needs a lock.
         self.written = self.read_count = 0
@@ -89,7 +101,7 @@ class TokenSequence:
     def put(self, event: Event) -> None:
         """Hand an event to whoever reads."""
         self.written += 1
-        self.is_closed |= not isinstance(event, tuple)
+        self.is_closed |= not isinstance(event, ChosenToken)
         self.has_failed |= isinstance(event, BaseException) and not isinstance(event, Closed)
         self.events.put((self, event))
 
@@ -99,9 +111,7 @@ class TokenSequence:
         return self.written - self.read_count >= MAX_AHEAD
 
 
-def read(
-    events: Events, sequences: Sequence[TokenSequence]
-) -> Iterator[tuple[TokenSequence, tuple[int, float] | None]]:
+def read(events: Events, sequences: Sequence[TokenSequence]) -> Iterator[tuple[TokenSequence, ChosenToken | None]]:
     """Yield the tokens of sequences that were made with the same `events`, as they come, and None at each end.
 
     If one of them is closed meanwhile, by whatever thread, there are no more. At the end all are closed.

@@ -27,6 +27,7 @@ import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER, save_checkpoint
 from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma.demo.serving import EMBEDDED, Models
+from paligemma.kv_cache import KeptCaches
 from paligemma.mask_decoder import MaskDecoder
 from paligemma.model import PaliGemma
 
@@ -64,6 +65,12 @@ def tiny() -> paligemma.VisionLanguageModel:
 def models(tiny: paligemma.VisionLanguageModel) -> Models:
     """What a page offers that has the embedded checkpoint alone."""
     return Models([None], lambda source, **_: tiny)
+
+
+@pytest.fixture
+def nothing_kept(tiny: paligemma.VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is computed by `tiny`, also what was asked before."""
+    monkeypatch.setattr(tiny.engine.prefill, "kept", KeptCaches(0))
 
 
 @pytest.fixture(scope="session")
@@ -169,12 +176,25 @@ class Answering(paligemma.VisionLanguageModel):
         super().__init__(vlm.model, vlm.processor, vlm.mask_decoder)
         self._pieces = re.findall(r"(?:<\w+>)+| ?[^ <]+| ", text)
 
-    def stream_batch(self, images: list, prompts: list, **settings: object) -> Iterator[tuple[int, object]]:
-        for number in range(len(prompts)):
-            for piece in self._pieces:
-                time.sleep(0.3)
-                yield number, paligemma.Token(0, piece, 1.0)
-            yield number, None
+    def stream_batch(self, images: list, prompts: list, **settings: object) -> Pieces:
+        return Pieces((number, piece) for number in range(len(prompts)) for piece in (*self._pieces, None))
+
+
+class Pieces:
+    """An `AnswerBatch` of texts that are known, a token each."""
+
+    def __init__(self, pieces: Iterator[tuple[int, str | None]]):
+        self._pieces, self._start = pieces, time.monotonic()
+
+    def take(self) -> list[tuple[int, object]]:
+        for number, piece in self._pieces:
+            time.sleep(0.3 * (piece is not None))
+            seconds = time.monotonic() - self._start
+            return [(number, None if piece is None else paligemma.Token(0, piece, 1.0, seconds))]
+        return []
+
+    def close(self) -> None:
+        self._pieces = iter(())
 
 
 def wait_until(condition, seconds=60, tab=None):

@@ -13,11 +13,12 @@ from torch.overrides import TorchFunctionMode
 from ..config import PaliGemmaConfig, PaliGemmaError
 from ..generation import VisionLanguageModel
 from ..hardware import (
-    available_cores,
     check_dtype,
     choose_device,
     choose_dtype,
+    choose_threads,
     explained_lack_of_memory,
+    in_own_thread,
     keep_freed_memory,
     smallest_dtype,
     total_memory,
@@ -86,6 +87,24 @@ def load(
     wanted = None if dtype in (None, "auto") else check_dtype(dtype, device)
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
+    # On ZeroGPU the calling thread is the one that may load, and there is no thread of OpenMP to get rid of.
+    run = in_own_thread(_load) if device.type == "cpu" else _load
+    vlm = run(source, device, wanted, progress, make_room, tokenizer, adapter)
+    if compile:
+        vlm.engine.compile()
+    return vlm
+
+
+def _load(
+    source: str | os.PathLike | None,
+    device: torch.device,
+    wanted: torch.dtype | None,
+    progress: Progress,
+    make_room: Callable[[int], object],
+    tokenizer: str | os.PathLike | None,
+    adapter: str | os.PathLike | None,
+) -> VisionLanguageModel:
+    """As `load`, with what it was given checked; the dtype that is wanted is None for `auto`."""
 
     def refuse_too_large(config: PaliGemmaConfig) -> None:
         name = "The embedded checkpoint" if source is None else str(source)
@@ -96,7 +115,7 @@ def load(
             source, progress, refuse_too_large, tokenizer, adapter
         )
         if device.type == "cpu":
-            torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+            torch.set_num_threads(choose_threads())
         parameters = sum(parameter.numel() for parameter in model.parameters())
         weight_dtype = wanted or (smallest_dtype(device) if scales else choose_dtype(device, parameters))
         make_room(weight_bytes(model, weight_dtype))
@@ -107,10 +126,7 @@ def load(
         else:
             load_weights(model, tensors, scales, weight_dtype, device, progress)
     keep_freed_memory()
-    vlm = VisionLanguageModel(model, processor, find_mask_decoder(folder))
-    if compile:
-        vlm.engine.compile()
-    return vlm
+    return VisionLanguageModel(model, processor, find_mask_decoder(folder))
 
 
 class OpenCheckpoint(NamedTuple):

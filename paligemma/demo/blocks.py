@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from copy import copy
 from functools import partial, update_wrapper
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from fastapi import HTTPException
+from gradio.blocks import BlocksConfig
 from gradio.server_messages import ProcessCompletedMessage
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
@@ -44,6 +46,7 @@ class Page(gr.Blocks):
 
     def __init__(self, title: str):
         super().__init__(title=title)
+        self.default_config = _PageConfig(self)
         self.answerings = Answerings()
         self.refused: Counter[str] = Counter()  # calls that were asked to come again, by reason
 
@@ -112,6 +115,17 @@ class Page(gr.Blocks):
                 "as “Use via API” at the foot of the page shows.",
                 print_exception=False,
             ) from error
+
+    async def postprocess_data(
+        self, block_fn: BlockFunction, predictions: list | dict, state: SessionState | None
+    ) -> list[Any]:
+        """Convert what a handler returns; of components by name only these, where Gradio would make all others anew."""
+        if not isinstance(predictions, dict) or not predictions.keys() & set(block_fn.outputs):
+            return await super().postprocess_data(block_fn, predictions, state)
+        changed = copy(block_fn)
+        changed.outputs = [output for output in block_fn.outputs if output in predictions]
+        values = iter(await super().postprocess_data(changed, predictions, state))
+        return [next(values) if output in predictions else gr.skip() for output in block_fn.outputs]
 
     def stop(self, session: str) -> None:
         """End what a session has asked for: what was answered so far stays, what waits leaves the queue."""
@@ -202,6 +216,18 @@ class Page(gr.Blocks):
             self.answerings.stop(session_hash or "")  # Gradio itself waits for the next token
 
         queue.push, queue.clean_events = push_or_refuse, clean_and_stop
+
+
+class _PageConfig(BlocksConfig):
+    """A page's components, of which sessions do not keep values or properties, for a link to their state: there is none.
+
+    A copy for a session would take 20 ms, and as much memory as all that was ever asked and answered in it.
+    """
+
+    def __copy__(self) -> BlocksConfig:
+        of_session = super().__copy__()
+        of_session.config_for_block = lambda *_: {}
+        return of_session
 
 
 def take_turns(waiting: Sequence[Event], running: Sequence[Event]) -> list[Event]:

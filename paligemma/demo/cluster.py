@@ -19,7 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -262,6 +262,13 @@ class RemoteAnswers:
         if isinstance(event, PaliGemmaError):
             raise event
         return event
+
+    def take(self) -> list[Event]:
+        """See `AnswerBatch.take`."""
+        taken = list(islice(self, 1))
+        while self._events and not isinstance(self._events[0], PaliGemmaError):
+            taken.append(self._events.popleft())
+        return taken
 
     def close(self) -> None:
         """End the work at the replica; there are no more tokens."""

@@ -349,13 +349,12 @@ class Tokens:
 
 @dataclass
 class Answer:
-    """One prompt's answer as it grows: its tokens, and the seconds after the request at which they came."""
+    """One prompt's answer as it grows."""
 
     prompt: str
     annotated: AnnotatedText = field(default_factory=AnnotatedText)
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
     is_finished: bool = False
 
     @classmethod
@@ -364,6 +363,11 @@ class Answer:
         answer = cls(prompt, AnnotatedText(text), text, is_finished=True)
         answer.annotated.finish()
         return answer
+
+    @property
+    def times(self) -> list[float]:
+        """The seconds after the request at which its tokens were computed."""
+        return [token.seconds for token in self.tokens]
 
     def push(self, token: Token) -> None:
         """Add a token."""
@@ -392,17 +396,17 @@ def answer_prompts(
     images.clear()
     answers = [Answer(prompt) for prompt in prompts]
     ON_STOP.get([]).append(tokens.close)
-    start, outcome = time.perf_counter(), "stopped"
+    outcome = "stopped"
     try:
         yield answers
-        for number, token in tokens:
-            answer = answers[number]
-            if token is None:
-                answer.annotated.finish()
-                answer.is_finished = True
-            else:
-                answer.times.append(time.perf_counter() - start)
-                answer.push(token)
+        while taken := tokens.take():
+            for number, token in taken:
+                answer = answers[number]
+                if token is None:
+                    answer.annotated.finish()
+                    answer.is_finished = True
+                else:
+                    answer.push(token)
             yield answers
     except Exception:
         outcome = "failed"

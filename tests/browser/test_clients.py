@@ -209,7 +209,7 @@ def test_an_answer_that_nobody_reads_waits_for_its_reader(serve, watched, monkey
     time.sleep(2)
     assert watched.tokens - before <= MAX_UNREAD + MAX_AHEAD + 1
     stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=60).text
-    assert stream.count("event: generating") >= 100
+    assert stream.count("event: generating") >= 50  # what is there already comes together
     assert "event: complete" in stream
 
 

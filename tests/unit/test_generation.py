@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import EXAMPLES, wait_until
 from PIL import Image, ImageOps
 from random_checkpoints import make_reference, save_reference
 
@@ -111,7 +112,7 @@ def test_what_is_no_image_is_refused(tiny, tmp_path):
         tiny.stream(Image.open(cut), "caption en")
 
 
-def test_too_little_memory_is_explained(tiny, monkeypatch):
+def test_too_little_memory_is_explained(tiny, nothing_kept, monkeypatch):
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -132,7 +133,7 @@ def test_streaming_leaves_the_callers_gradients_alone(tiny):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 0}], ids=["greedy", "sampled"])
-def test_logits_that_are_not_finite_are_explained(tiny, monkeypatch, value, settings):
+def test_logits_that_are_not_finite_are_explained(tiny, nothing_kept, monkeypatch, value, settings):
     """As of a checkpoint whose activations overflow in float16."""
 
     def overflow(*_):
@@ -178,7 +179,7 @@ def test_a_step_attends_without_a_mask_and_without_copies_of_the_cache(long_wind
 
 
 @pytest.fixture
-def encoder_runs(tiny, monkeypatch):
+def encoder_runs(tiny, nothing_kept, monkeypatch):
     """A list that grows with every run of the vision encoder."""
     runs, image_features = [], tiny.model.image_features
 
@@ -228,6 +229,26 @@ def test_the_features_of_the_latest_images_are_kept_within_their_bytes(tiny, enc
         for number in asked:
             tiny.generate(images[number], "caption en", max_new_tokens=1)
         assert len(encoder_runs) == runs
+
+
+def test_all_tokens_that_are_there_are_taken_at_once(tiny):
+    prompts = ["segment car", "caption en"]
+    expected = [tiny.stream(EXAMPLES / "traffic.png", prompt) for prompt in prompts]
+    texts, batch = ["", ""], tiny.stream_batch([EXAMPLES / "traffic.png"] * 2, prompts)
+    sizes, ends = [], []
+    while taken := batch.take():
+        sizes.append(len(taken))
+        for number, token in taken:
+            texts[number] += token.text if token else ""
+            ends += [number] * (token is None)
+        time.sleep(0.05)  # in which the engine makes more than one
+    assert texts == ["".join(token.text for token in answer) for answer in expected]
+    assert sorted(ends) == [0, 1]
+    assert max(sizes) > 2
+    closed = tiny.stream_batch([IMAGE] * 3, ["caption en"] * 3)
+    assert closed.take()
+    closed.close()
+    wait_until(lambda: not closed.take())
 
 
 def test_compiling_is_refused_off_cuda():

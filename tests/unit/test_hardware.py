@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import paligemma
 from paligemma import PaliGemmaError, hardware
 from paligemma.quantization import Int8Linear
+from paligemma.replay import operations
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -212,7 +214,36 @@ def test_loading_takes_no_more_threads_than_there_are_cores_also_to_measure_dtyp
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(hardware, "int8_is_faster", lambda: seen.append(torch.get_num_threads()))
     try:
-        paligemma.load(device="cpu")
-        assert seen == [torch.get_num_threads()] == [1]
+        vlm = paligemma.load(device="cpu")
+        assert seen == [vlm.engine.call(torch.get_num_threads)] == [1]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("device", "free", "expected"), [("cpu", 64, 1), ("cuda", 64, 32), ("cuda", 1, 1)])
+def test_a_gpu_gives_half_of_its_free_memory_to_the_cache(monkeypatch, device, free, expected):
+    monkeypatch.setattr(hardware, "available_memory", lambda: free * 2**30)
+    assert hardware.cache_bytes(torch.device(device)) == expected * 2**30
+
+
+def test_the_steps_of_small_checkpoints_are_made_by_one_thread(tiny, monkeypatch):
+    monkeypatch.setattr(hardware, "THREADS", 2)
+    monkeypatch.setattr(hardware, "available_cores", lambda: 4)
+    assert hardware.choose_threads() == hardware.choose_threads(2_000_000_000) == 2
+    assert hardware.choose_threads(operations(tiny.config.text, 1, 0)) == 1
+    before = torch.get_num_threads()
+    with hardware.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_work_in_its_own_thread_gives_back_what_it_returns_or_raises():
+    def work(one, *, other):
+        return threading.current_thread(), one / other
+
+    thread, result = hardware.in_own_thread(work)(6, other=3)
+    assert (thread is threading.current_thread(), result) == (False, 2)
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    with pytest.raises(ZeroDivisionError):
+        hardware.in_own_thread(work)(6, other=0)

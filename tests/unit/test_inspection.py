@@ -288,7 +288,9 @@ def test_what_cannot_be_seen_is_refused_with_a_sentence(tiny, answered, look, se
 
 def test_kept_bytes_are_bounded_and_what_was_asked_for_last_stays():
     def cache(key, length):
-        return KeptCache(key, list(range(length)), torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), 0.0, [])
+        return KeptCache(
+            key, list(range(length)), torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), 0.0, [], None
+        )
 
     kept = KeptCaches(8 * 30)  # 8 bytes a position
     for key in ("a", "b", "c"):
@@ -400,7 +402,7 @@ def test_cache_facts_are_those_of_the_cache(answered, tiny):
     first, last = answer.inspect(0).cache, answer.inspect(len(tokens) - 1).cache
     kept = tiny.engine.prefill.kept._kept[-1]
     assert last.positions == first.positions + len(tokens) - 1
-    assert last.bytes == kept.nbytes * last.positions // len(kept.ids)
+    assert last.bytes == (kept.keys.nbytes + kept.values.nbytes) * last.positions // len(kept.ids)
     assert last.bytes_without_groups == 2 * last.bytes  # four query heads, two key/value heads
     assert last.prefill_seconds > max(last.step_seconds) > 0
     assert len(last.step_seconds) == len(tokens) - 1

@@ -82,13 +82,14 @@ def test_loading_refuses_what_cannot_fit_before_weights_are_read(tmp_path, monke
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_memory_that_ends_while_loading_is_a_sentence(dtype):
     script = f"""
-import paligemma, re, resource, torch
-import paligemma.checkpoints.load
-torch.ones(2, 2) @ torch.ones(2, 2)
-taken = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) + 20 * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
+import paligemma, re, resource
+
+def end_memory(needed):
+    taken = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
+
 try:
-    paligemma.load(dtype={dtype!r})
+    paligemma.load(dtype={dtype!r}, make_room=end_memory)
 except paligemma.PaliGemmaError as error:
     print(error)
 """
