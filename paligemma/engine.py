@@ -35,6 +35,7 @@ from .sequence import ChosenToken, Closed, TokenSequence
 # most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
 PREFILL_SHARE = 1.3
 MAX_ROWS = 16
+HANDOVERS_PER_SECOND = 50  # of tokens to all readers together: each costs a page some milliseconds
 TEXT_POSITIONS = 768  # of a slot, after the image: the longest prompt of the page and the longest answer to it
 NOT_FINITE = (
     "The logits are not finite in {}; please choose the dtype bfloat16, or, if they are not in that either, fetch the "
@@ -292,6 +293,7 @@ class Engine:
             else:
                 sequence.answer_ids.append(int(token_id))
                 seconds = time.perf_counter() - sequence.submitted_at
-                sequence.put(ChosenToken(int(token_id), probability, seconds))
+                token = ChosenToken(int(token_id), probability, seconds)
+                sequence.put(token, len(self._running) / HANDOVERS_PER_SECOND)
                 if sequence.written == sequence.max_new_tokens:
                     sequence.put(None)

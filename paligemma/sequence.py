@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from queue import SimpleQueue
@@ -72,6 +73,8 @@ class TokenSequence:
             None  # float32 [1, vocab_size], which its first token was chosen by, if known
         )
         self.is_closed = self.has_failed = self.sits_out = False
+        self._held: list[Event] = []  # tokens to be handed over with the next, once it is time
+        self._next_handover = 0.0
         # Counted apart by the thread that writes and the one that reads, so that neither needs a lock.
         self.written = self.read_count = 0
 
@@ -98,12 +101,21 @@ class TokenSequence:
             if self.engine is not None:
                 self.engine.wake()
 
-    def put(self, event: Event) -> None:
-        """Hand an event to whoever reads."""
+    def put(self, event: Event, pause: float = 0.0) -> None:
+        """Hand an event to whoever reads; tokens no more often than once in `pause` seconds, several together."""
         self.written += 1
         self.is_closed |= not isinstance(event, ChosenToken)
         self.has_failed |= isinstance(event, BaseException) and not isinstance(event, Closed)
-        self.events.put((self, event))
+        if isinstance(event, Closed):  # from any thread, and nobody reads on
+            self.events.put((self, event))
+            return
+        self._held.append(event)
+        now = time.perf_counter()
+        if self.is_closed or now >= self._next_handover or len(self._held) >= MAX_AHEAD // 2:
+            for held in self._held:
+                self.events.put((self, held))
+            self._held.clear()
+            self._next_handover = now + pause
 
     @property
     def is_ahead(self) -> bool:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_MESSAGES_SECONDS = 5  # for answers to reach those who wait for them
+POSITION_SECONDS = 0.5  # between two messages to all who wait on their places
 SESSIONS_KEPT = 4  # for each place in the queue: sessions whose messages can still be read
 
 
@@ -168,7 +169,7 @@ class Page(gr.Blocks):
         Others end at once, with a sentence: Gradio's own limit answers HTTP 503 instead, for which each of its clients
         has another text. No call of what is queued goes past it. To be called once, inside the page.
         """
-        queue = self.queue(default_concurrency_limit=1, api_open=False)._queue
+        queue = self.queue(POSITION_SECONDS, api_open=False, default_concurrency_limit=1)._queue
         push, clean = queue.push, queue.clean_events
         sessions = queue.pending_messages_per_session
         sessions.max_size = SESSIONS_KEPT * length

@@ -60,7 +60,7 @@ def tokens_per_second(vlm: VisionLanguageModel, source: Iterator[Image.Image], r
 
 
 class Reader(threading.Thread):
-    """Reads an answer to its end, or until it is closed, and notes when its tokens came."""
+    """Reads an answer to its end, or until it is closed, and notes when it began and when its tokens were computed."""
 
     def __init__(self, vlm: VisionLanguageModel, image: Image.Image, count: int):
         super().__init__(daemon=True)
@@ -68,8 +68,8 @@ class Reader(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        for _ in self.answer:
-            self.times.append(time.perf_counter())
+        for token in self.answer:
+            self.times.append(self.times[0] + token.seconds)
 
     def wait_for(self, count: int) -> None:
         while len(self.times) <= count and self.is_alive():

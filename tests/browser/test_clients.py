@@ -125,6 +125,7 @@ def test_a_client_that_goes_away_ends_the_generation(long_winded_address, watche
 
 def test_two_clients_are_answered_in_the_same_steps(long_winded_address, watched):
     clients = [Client(long_winded_address, verbose=False) for _ in range(2)]
+    watched.engine.prefill.kept._kept.clear()  # of a question that was asked before, the first token costs nothing
     before, start = watched.tokens, time.monotonic()
     jobs = [
         client.submit(handle_file(PICTURE), "caption en", max_new_tokens=12, api_name="/generate") for client in clients

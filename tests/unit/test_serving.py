@@ -137,7 +137,7 @@ def test_after_closing_nobody_begins_but_who_began_may_finish(tiny):
             machine.use("a")
 
 
-def test_prompts_are_answered_together_and_the_image_is_encoded_once(tiny, monkeypatch):
+def test_prompts_are_answered_together_and_the_image_is_encoded_once(tiny, nothing_kept, monkeypatch):
     encoded = []
     image_features = tiny.model.image_features
     monkeypatch.setattr(
