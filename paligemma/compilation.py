@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .kv_cache import KVCache
 from .model import PaliGemma
+from .projections import merge_projections
 
 SMALLEST_LIMIT = 512  # positions; the larger ones double
 
 
 class CompiledModel:
-    """`image_features`, `prefill` and `decode` of a model, compiled when they are first called.
+    """`image_features`, `prefill` and `decode` of a model, compiled when they are first called, its projections merged.
 
     The encoder is one graph for each resolution and number of images. The prefill is one graph for prompts of all
     lengths and all slots. The decode step is one for each bucket of rows and limit, on CUDA a CUDA graph.
@@ -22,6 +23,7 @@ class CompiledModel:
 
     def __init__(self, model: PaliGemma):
         torch._dynamo.config.recompile_limit = 64
+        merge_projections(model)
         self._model = model
         self._encode = torch.compile(model.image_features, mode="default", fullgraph=True, dynamic=False)
         self._prefill = torch.compile(model.prefill_at, mode="default", fullgraph=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attention import attend
 from .config import TextConfig
 from .kv_cache import Write
+from .projections import Projections
 
 
 class RMSNorm(nn.Module):
@@ -54,11 +55,11 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class GemmaAttention(nn.Module):
+class GemmaAttention(Projections):
     """Attention in which groups of query heads share one key/value head."""
 
     def __init__(self, config: TextConfig, layer: int):
-        super().__init__()
+        super().__init__("q_proj", "k_proj", "v_proj")
         self.layer = layer
         self.head_dim = config.head_dim
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
@@ -74,30 +75,34 @@ class GemmaAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, write: Write | None, first: int
     ) -> Tensor:
-        batch, length, _ = hidden_states.shape
-        keys = rotate(self.k_proj(hidden_states).view(batch, length, -1, self.head_dim), *rotary).transpose(1, 2)
-        values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        if first:  # all positions are attended to, but only those from here on attend
+            keys, values = self.k_proj(hidden_states), self.v_proj(hidden_states)
+            queries = self.q_proj(hidden_states[:, first:])
+            mask = None if mask is None else mask[..., first:, :]
+        else:
+            queries, keys, values = self.project(hidden_states)
+        queries, keys, values = (one.unflatten(-1, (-1, self.head_dim)) for one in (queries, keys, values))
+        cos, sin = rotary
+        queries = rotate(queries, cos[first:], sin[first:])
+        keys, values = rotate(keys, cos, sin).transpose(1, 2), values.transpose(1, 2)
         if write is not None:
             keys, values = write(self.layer, keys, values)
-        if first:  # all positions are attended to, but only those from here on attend
-            hidden_states, rotary = hidden_states[:, first:], (rotary[0][first:], rotary[1][first:])
-            mask = None if mask is None else mask[..., first:, :]
-        queries = rotate(self.q_proj(hidden_states).view(batch, length - first, -1, self.head_dim), *rotary)
         return self.o_proj(attend(queries, keys, values, mask, self.scale, self.softcap))
 
 
-class GemmaMLP(nn.Module):
+class GemmaMLP(Projections):
     """down(gelu_tanh(gate(x)) * up(x))."""
 
     def __init__(self, config: TextConfig):
-        super().__init__()
+        super().__init__("gate_proj", "up_proj")
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate = F.gelu(self.gate_proj(hidden_states), approximate="tanh")
-        return self.down_proj(gate * self.up_proj(hidden_states))
+        gate, up = self.project(hidden_states)
+        gate = F.gelu(gate, approximate="tanh")
+        return self.down_proj(gate * up)
 
 
 class GemmaLayer(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .config import GELU, VisionConfig
+from .projections import Projections
 
 
 class VisionEmbeddings(nn.Module):
@@ -30,11 +31,11 @@ class VisionEmbeddings(nn.Module):
         return patches.flatten(2).transpose(1, 2).contiguous() + self.position_embedding.weight  # [B, patches, width]
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Projections):
     """Multi-head attention in which every patch attends to every patch."""
 
     def __init__(self, config: VisionConfig):
-        super().__init__()
+        super().__init__("q_proj", "k_proj", "v_proj")
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -42,11 +43,7 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        batch, patches, _ = hidden_states.shape
-        queries, keys, values = (
-            project(hidden_states).view(batch, patches, self.num_heads, -1)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        queries, keys, values = (one.unflatten(-1, (self.num_heads, -1)) for one in self.project(hidden_states))
         return self.out_proj(attend(queries, keys.transpose(1, 2), values.transpose(1, 2)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import queue
 import threading
 import time
 import weakref
@@ -21,7 +22,8 @@ import paligemma
 from paligemma import PaliGemmaError, engine, hardware
 from paligemma import VisionLanguageModel as VLM
 from paligemma.engine import PREFILL_SHARE
-from paligemma.sequence import MAX_AHEAD
+from paligemma.sampling import Sampler
+from paligemma.sequence import MAX_AHEAD, ChosenToken, TokenSequence
 
 IMAGES = [EXAMPLES / name for name in ("cats.png", "sign.png", "music.png")]
 PROMPTS = ["caption en", "detect cat ; dog", "answer en how many cats are there on the left?"]
@@ -272,11 +274,12 @@ def test_compiled_graphs_answer_the_same_and_are_never_compiled_again(tmp_path, 
     eager = paligemma.load(
         save_reference(make_reference(family=family, kv_heads=2, std=0.2, layers=2), tmp_path / family)
     )
-    graphs, compile_graph = [], torch.compile
+    graphs, products, compile_graph = [], {}, torch.compile
 
     def compile_here(function, mode, **others):
         def backend(graph, inputs):
             graphs.append(function.__name__)
+            products[function.__name__] = sum(node.target is torch._C._nn.linear for node in graph.graph.nodes)
             return aot_eager(graph, inputs)
 
         return compile_graph(function, backend=backend, **others)
@@ -295,6 +298,10 @@ def test_compiled_graphs_answer_the_same_and_are_never_compiled_again(tmp_path, 
     long = "answer en " + "cat " * 600  # its positions are in the next bucket
     assert vlm.generate(IMAGES[0], long, max_new_tokens=5) == eager.generate(IMAGES[0], long, max_new_tokens=5)
     assert graphs[before:] == ["decode"]
+    text, vision = vlm.config.text.num_hidden_layers, vlm.config.vision.num_hidden_layers
+    # Of each layer one for queries, keys and values, the attention's output, one for gate and up, the MLP's output; in the
+    # last layer of a prefill queries are of the last position only.
+    assert products == {"image_features": 4 * vision + 1, "prefill_at": 4 * text + 3, "decode": 4 * text + 1}
 
 
 def test_who_needs_a_cache_that_the_memory_does_not_hold_is_told_and_others_are_answered(vlm, monkeypatch):
@@ -350,6 +357,29 @@ def test_an_answer_that_was_read_again_tells_nothing_of_its_first_token(vlm, mon
     (kept,) = vlm.engine.prefill.kept._kept
     assert kept.first_logits is None
     assert list(vlm.stream(IMAGES[0], "caption en", max_new_tokens=3)) == expected
+
+
+def test_tokens_are_handed_over_several_together_but_the_first_and_the_end_at_once():
+    def there():
+        return [
+            None if event is None else event.id for _, event in iter(lambda: events.get() if events.qsize() else 0, 0)
+        ]
+
+    events = queue.SimpleQueue()
+    sequence = TokenSequence([], [1], 99, Sampler(), torch.Generator(), events)
+    for number in range(3):
+        sequence.put(ChosenToken(number, 1.0, 0.0), pause=60)
+    assert there() == [0]
+    for number in range(3, 2 + MAX_AHEAD // 2):
+        sequence.put(ChosenToken(number, 1.0, 0.0), pause=60)
+    assert there() == [*range(1, 1 + MAX_AHEAD // 2)], "so many are enough"
+    sequence.put(None)
+    assert there() == [1 + MAX_AHEAD // 2, None]
+    quick = TokenSequence([], [1], 99, Sampler(), torch.Generator(), events)
+    for number in range(3):
+        quick.put(ChosenToken(number, 1.0, 0.0), pause=0.001)
+        time.sleep(0.002)
+    assert there() == [0, 1, 2]
 
 
 FROM_NUMPY = torch.ops.aten.lift_fresh.default  # shares the memory
