@@ -45,6 +45,7 @@ import paligemma
 from paligemma.checkpoints import EMBEDDED_FOLDER
 from paligemma.checkpoints.weights import MLP_GROUP, OUTPUT_GROUP, weight_files
 from paligemma.config import LEFT_OUT_TEXT, PaliGemmaConfig, TextConfig, VisionConfig
+from paligemma.hardware import in_own_thread
 from paligemma.processor import Processor
 
 # Of the first generation at 224 pixels; the defaults are the official shapes. The tokenizer is the embedded checkpoint's,
@@ -275,6 +276,7 @@ def read_all(parameters: Iterable[Tensor]) -> None:
         parameter.detach().view(torch.uint8).flatten()[::4096].sum()
 
 
+@in_own_thread
 def read_bandwidth() -> float:
     """Bytes a second that all threads read from memory together: the best of several sums over a large tensor."""
     large = torch.ones(READ_BYTES // 8, dtype=torch.int64)
@@ -313,7 +315,7 @@ def measure(library: str, folder: Path, dtype: str, prefills: int, new_tokens: i
     """Load, warm up with a short answer, then time `prefills` first tokens and `new_tokens` further ones."""
     model = LIBRARIES[library](folder, dtype)
     started = time.perf_counter()
-    read_all(model.model.parameters())
+    in_own_thread(read_all)(model.model.parameters())
     load_and_read, peak_after_load = model.load_seconds + time.perf_counter() - started, peak_resident_bytes()
     timed(model.answer(noise(0), PROMPT, 3))
     prefill = [timed(model.answer(noise(number), PROMPT, 1))[1][0] for number in range(1, prefills)]
@@ -327,7 +329,7 @@ def measure(library: str, folder: Path, dtype: str, prefills: int, new_tokens: i
 def prefill_once(library: str, folder: Path, dtype: str) -> tuple[np.ndarray, int, int]:
     """Load and prefill: the logits, float32 [vocab_size], and `peak_after_load` and `peak` as in `Measurement`."""
     model = LIBRARIES[library](folder, dtype)
-    read_all(model.model.parameters())
+    in_own_thread(read_all)(model.model.parameters())
     peak_after_load = peak_resident_bytes()
     return model.logits(noise(0), PROMPT).numpy(), peak_after_load, peak_resident_bytes()
 
