@@ -397,6 +397,17 @@ def test_settings_come_from_the_environment():
         assert sentence in output
 
 
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+)
+def test_threads_of_openmp_wait_awake_for_a_moment_only_unless_who_starts_the_page_says_how(variables, count):
+    script = "import app, os, sys; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ran = subprocess.run([sys.executable, "-c", script], env=kept | variables, capture_output=True, text=True, cwd=ROOT)
+    assert ran.stdout.strip() == count, ran.stderr
+
+
 def test_the_page_is_there_before_torch_and_nothing_imports_transformers():
     code = (
         "import paligemma, app, sys; assert 'torch' not in sys.modules;"
