@@ -33,7 +33,7 @@ from .sequence import ChosenToken, Closed, TokenSequence
 
 # Between two steps of the others, a prefill may take as long as this many of these steps: who is running then waits at
 # most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
-PREFILL_SHARE = 1.3
+PREFILL_SHARE = 1.5
 MAX_ROWS = 16
 HANDOVERS_PER_SECOND = 50  # of tokens to all readers together: each costs a page some milliseconds
 TEXT_POSITIONS = 768  # of a slot, after the image: the longest prompt of the page and the longest answer to it
