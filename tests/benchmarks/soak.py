@@ -1,6 +1,7 @@
 """Many visitors at once, hour after hour, and attacks: what a served page answers, how fast, and what grows.
 
     python tests/benchmarks/soak.py                                # 64 visitors at once, a question each
+    python tests/benchmarks/soak.py --insist                       # who is refused (HTTP 503) asks again until there is an answer
     python tests/benchmarks/soak.py --requests 3000 --clients 8    # a line every 500 requests, and the growth since the first
     python tests/benchmarks/soak.py --unread 4                     # before and beside large questions whose answers nobody reads
     python tests/benchmarks/soak.py --unread 34                    # the same with more of them than are answered at once
@@ -48,6 +49,7 @@ QUESTIONS = [
 ]
 STEP = 500  # requests between two lines
 SIDE = 7745  # of an image of 60 megapixels
+AGAIN = 0.25  # seconds until who was refused asks again
 MINUTE, SOON = 60, 10  # seconds after an attack at which is measured what is left of it
 ATTACKER = {"x-forwarded-for": "203.0.113.7"}
 
@@ -62,13 +64,12 @@ class Tally:
     start: float = field(default_factory=time.perf_counter)
 
 
-async def ask(client: httpx.AsyncClient, page: str, path: str, prompt: str, tally: Tally) -> None:
-    """One request in a session of its own."""
+async def ask(client: httpx.AsyncClient, page: str, path: str, prompt: str, tally: Tally, insist: bool = False) -> None:
+    """One request in a session of its own; who insists repeats it while it is refused."""
     start, first = time.perf_counter(), None
-    answer = await client.post(
-        f"{page}/call/generate",
-        json={"data": [{"path": path}, prompt, 64, 0, 0, 1, None], "session_hash": uuid.uuid4().hex},
-    )
+    call = {"data": [{"path": path}, prompt, 64, 0, 0, 1, None], "session_hash": uuid.uuid4().hex}
+    while (answer := await client.post(f"{page}/call/generate", json=call)).status_code == 503 and insist:
+        await asyncio.sleep(AGAIN)
     if answer.status_code != 200:
         tally.refusals.append(f"HTTP {answer.status_code}")
         return
@@ -188,6 +189,7 @@ class Visitors:
     uploads: Path
     log: Path
     clients: int
+    insist: bool
 
     async def ask(self, requests: int) -> None:
         """Ask so many times, print a line every `STEP` requests, and how memory grows from the first line on."""
@@ -197,7 +199,7 @@ class Visitors:
         async def one(number: int, tally: Tally) -> None:
             name, prompt = QUESTIONS[number % len(QUESTIONS)]
             async with places:
-                await ask(self.client, self.page, paths[name], prompt, tally)
+                await ask(self.client, self.page, paths[name], prompt, tally, self.insist)
 
         print("requests answered refused  median    p95  first  tokens/s  memory  files threads uploads", flush=True)
         for begin in range(0, requests, STEP):
@@ -228,7 +230,7 @@ class Visitors:
 async def soak(page: str, process: psutil.Process, uploads: Path, log: Path, options: argparse.Namespace) -> None:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=options.clients)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
-        visitors = Visitors(client, page, process, uploads, log, options.clients)
+        visitors = Visitors(client, page, process, uploads, log, options.clients, options.insist)
         path = await upload(client, page, Image.new("RGB", (448, 448)))
         await ask(client, page, path, "caption en", Tally())  # the first answer warms up
         if options.scans:
@@ -258,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, help="64, or none where there is an attack that needs none beside it")
     parser.add_argument("--clients", type=int, default=64, help="how many ask at the same time")
+    parser.add_argument("--insist", action="store_true", help="ask again when refused, until there is an answer")
     parser.add_argument("--unread", type=int, default=0, help="how many then ask for much, and read nothing")
     parser.add_argument("--large", type=int, default=0, help="how many ask about 60 megapixels at once")
     parser.add_argument("--cancelled", type=int, default=0, help="how many do so and cancel")
