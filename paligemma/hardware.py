@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from threading import Thread, Timer
+from threading import Thread, Timer, current_thread, main_thread
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -34,7 +34,7 @@ DTYPES = {
 LARGE = 500_000_000
 # Up to so many multiplications, a second core makes a decode step no faster: measured with 3 million, of 1 to 16 rows.
 SMALL_STEP = 10_000_000
-THREADS = torch.get_num_threads()  # as whoever started this, or OMP_NUM_THREADS, has chosen it
+THREADS = torch.get_num_threads()  # see `take_over_threads`
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
 KEPT_BYTES = 2**30
 IDLE_SECONDS = 5.0  # after which what has been freed is given back
@@ -189,6 +189,16 @@ def int8_is_faster() -> bool:
 
     prompt = torch.randn(260, 2048)
     return seconds(int8, prompt) < seconds(bfloat16, prompt.bfloat16())
+
+
+def take_over_threads() -> None:
+    """Note how many threads the program wants torch to use, by OMP_NUM_THREADS or `torch.set_num_threads`.
+
+    In its main thread only: another that is new may see what an engine has set for one of its steps.
+    """
+    global THREADS
+    if current_thread() is main_thread():
+        THREADS = torch.get_num_threads()
 
 
 def choose_threads(operations: int | None = None) -> int:

@@ -21,6 +21,7 @@ from ..hardware import (
     in_own_thread,
     keep_freed_memory,
     smallest_dtype,
+    take_over_threads,
     total_memory,
 )
 from ..mask_decoder import FILE_NAMES as MASK_DECODER_FILES
@@ -87,6 +88,7 @@ def load(
     wanted = None if dtype in (None, "auto") else check_dtype(dtype, device)
     if compile and device.type != "cuda":
         raise PaliGemmaError("Compiling is for CUDA; please leave it out, or choose the device cuda.")
+    take_over_threads()
     # On ZeroGPU the calling thread is the one that may load, and there is no thread of OpenMP to get rid of.
     run = in_own_thread(_load) if device.type == "cpu" else _load
     vlm = run(source, device, wanted, progress, make_room, tokenizer, adapter)

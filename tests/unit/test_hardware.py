@@ -247,3 +247,18 @@ def test_work_in_its_own_thread_gives_back_what_it_returns_or_raises():
     assert not thread.is_alive()
     with pytest.raises(ZeroDivisionError):
         hardware.in_own_thread(work)(6, other=0)
+
+
+def test_models_take_as_many_threads_as_the_program_has_asked_torch_for(monkeypatch):
+    monkeypatch.setattr(hardware, "THREADS", hardware.THREADS)
+    monkeypatch.setattr(hardware, "available_cores", lambda: 4)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert paligemma.load(device="cpu").engine.call(torch.get_num_threads) == count
+            hardware.in_own_thread(torch.set_num_threads)(2)
+            hardware.in_own_thread(hardware.take_over_threads)()
+            assert hardware.choose_threads() == count, "another thread than the main one asks for nothing"
+    finally:
+        torch.set_num_threads(before)
