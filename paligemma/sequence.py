@@ -69,9 +69,7 @@ class TokenSequence:
         self.capacity = len(input_ids) + len(answer_ids) + max_new_tokens - 1  # at most; the last token is never read
         # The seconds of the prefill and of each step, in which others may have had theirs.
         self.prefill_seconds, self.step_seconds = 0.0, list[float]()
-        self.first_logits: Tensor | None = (
-            None  # float32 [1, vocab_size], which its first token was chosen by, if known
-        )
+        self.first_logits: Tensor | None = None  # float32 [1, vocab_size], for its first token, if they are known
         self.is_closed = self.has_failed = self.sits_out = False
         self._held: list[Event] = []  # tokens to be handed over with the next, once it is time
         self._next_handover = 0.0

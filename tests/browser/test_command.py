@@ -254,7 +254,7 @@ def test_at_the_end_who_waits_in_the_queue_is_told_at_once(tmp_path):
 
 
 def test_who_interrupts_twice_does_not_wait(tmp_path):
-    folder = save_reference(make_reference(std=0.2), tmp_path / "long_winded")
+    folder = save_reference(make_reference(std=0.2, layers=24), tmp_path / "long_winded")
     with served("--model", str(folder), GRADIO_TEMP_DIR=str(tmp_path / "uploads")) as (process, address):
         job = Client(address, verbose=False).submit(
             handle_file(PICTURE), "\n".join(["caption en"] * 8), max_new_tokens=256, api_name="/generate"
