@@ -219,7 +219,7 @@ def test_a_checkpoint_without_a_tokenizer_takes_the_one_that_is_named(tmp_path, 
 
 
 def test_the_end_waits_for_the_answer_under_way(tmp_path):
-    folder = save_reference(make_reference(std=0.2), tmp_path / "long_winded")
+    folder = save_reference(make_reference(std=0.2, layers=24), tmp_path / "long_winded")
     with served("--model", str(folder)) as (process, address):
         client = Client(address, verbose=False)
         job = client.submit(handle_file(PICTURE), "caption en", max_new_tokens=256, api_name="/generate")
@@ -234,7 +234,7 @@ def test_the_end_waits_for_the_answer_under_way(tmp_path):
 
 
 def test_at_the_end_who_waits_in_the_queue_is_told_at_once(tmp_path):
-    folder = save_reference(make_reference(std=0.2), tmp_path / "long_winded")
+    folder = save_reference(make_reference(std=0.2, layers=24), tmp_path / "long_winded")
     with served("--model", str(folder)) as (process, address):
         clients = [Client(address, verbose=False) for _ in range(18)]
         jobs = [
