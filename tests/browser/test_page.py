@@ -119,8 +119,12 @@ def test_a_picture_can_be_dropped_or_pasted_anywhere_and_takes_the_old_answer_aw
             const files = new DataTransfer();
             files.items.add(new File([new Uint8Array(bytes)], "given.png", {type: "image/png"}));
             const given = {bubbles: true, cancelable: true, dataTransfer: files, clipboardData: files};
-            const Kind = type === "drop" ? DragEvent : ClipboardEvent;
-            document.querySelector("#title").dispatchEvent(new Kind(type, given));
+            const fire = (Kind, type) => document.querySelector("#title").dispatchEvent(new Kind(type, given));
+            while (!document.body.hasAttribute("data-dropping")) {  // the page listens a moment after it is drawn
+                fire(DragEvent, "dragover");
+                await new Promise((done) => setTimeout(done, 20));
+            }
+            fire(type === "drop" ? DragEvent : ClipboardEvent, type);
         }""",
         [event, list(PICTURE.read_bytes())],
     )
