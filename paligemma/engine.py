@@ -24,18 +24,19 @@ from torch import Tensor
 
 from .compilation import CompiledModel
 from .config import PaliGemmaError
+from .gemma import operations
 from .hardware import cache_bytes, choose_threads, give_back_freed_memory_later, lack_of_memory, on_device, threads
 from .kv_cache import KVCache
 from .model import PaliGemma
 from .prefill import Prefill
-from .replay import operations
 from .sequence import ChosenToken, Closed, TokenSequence
 
 # Between two steps of the others, a prefill may take as long as this many of these steps: who is running then waits at
 # most 1 + PREFILL_SHARE times as long for a token, and a newcomer 1 + 1 / PREFILL_SHARE times as long as alone.
 PREFILL_SHARE = 1.5
 MAX_ROWS = 16
-HANDOVERS_PER_SECOND = 50  # of tokens to all readers together: each costs a page some milliseconds
+# Of tokens to all readers together, since each costs a page milliseconds; but one waits no longer for the next.
+HANDOVERS_PER_SECOND, MAX_PAUSE = 50, 0.1
 TEXT_POSITIONS = 768  # of a slot, after the image: the longest prompt of the page and the longest answer to it
 NOT_FINITE = (
     "The logits are not finite in {}; please choose the dtype bfloat16, or, if they are not in that either, fetch the "
@@ -293,7 +294,7 @@ class Engine:
             else:
                 sequence.answer_ids.append(int(token_id))
                 seconds = time.perf_counter() - sequence.submitted_at
-                token = ChosenToken(int(token_id), probability, seconds)
-                sequence.put(token, len(self._running) / HANDOVERS_PER_SECOND)
+                pause = min(len(self._running) / HANDOVERS_PER_SECOND, MAX_PAUSE)
+                sequence.put(ChosenToken(int(token_id), probability, seconds), pause)
                 if sequence.written == sequence.max_new_tokens:
                     sequence.put(None)

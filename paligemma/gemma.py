@@ -210,3 +210,15 @@ class GemmaModel(nn.Module):
             if after_layer is not None:
                 after_layer()
         return self.norm(self.layers[-1](hidden_states, rotary, masks[-1], write, first))
+
+
+def operations(text: TextConfig, positions: int, attended: int) -> int:
+    """Multiply-adds of the decoder to read some positions, each of which attends to `attended`, and choose a token.
+
+    Counted are the matrix products. In the last layer only the last position is computed beyond its keys and values.
+    """
+    queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+    cached = 2 * text.hidden_size * keys
+    others = 2 * text.hidden_size * queries + 3 * text.hidden_size * text.intermediate_size + 2 * queries * attended
+    full, layers = positions * (cached + others), text.num_hidden_layers
+    return (layers - 1) * full + positions * cached + others + text.hidden_size * text.vocab_size

@@ -191,10 +191,15 @@ class AnswerBatch:
     def take(self) -> list[tuple[int, Token | None]]:
         """The next one, and all others that are there already; none at the end."""
         taken = []
-        for one in self:
-            taken.append(one)
-            if self._queue.empty():
-                break
+        try:
+            for one in self:
+                taken.append(one)
+                if self._queue.empty():
+                    break
+        except Exception as error:
+            if not taken:
+                raise
+            self._events = _failed(error)  # what came before it is not lost
         return taken
 
     def answer(self, number: int) -> Answer:
@@ -413,6 +418,11 @@ class VisionLanguageModel:
                 f"seed is {shorten(seed)}; please give none or a whole number from 0 to {MAX_SEED - 1}."
             )
         return generator.manual_seed(int(seed))
+
+
+def _failed(error: Exception) -> Iterator[tuple[TokenSequence, ChosenToken | None]]:
+    raise error
+    yield  # which makes it an iterator
 
 
 def _token(chosen: ChosenToken, text: TextStream) -> Token:

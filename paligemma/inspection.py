@@ -22,9 +22,10 @@ from torch import Tensor
 
 from .config import PaliGemmaError, is_number, shorten
 from .engine import Engine
+from .gemma import operations
 from .kv_cache import KeptCache
 from .processor import Processor
-from .replay import Replayed, operations, replay
+from .replay import Replayed, replay
 from .sampling import Sampler
 from .sequence import TokenSequence
 from .walk import WalkStep, walk_through

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attention_weights
-from .config import TextConfig
 from .gemma import GemmaAttention, rotate
 from .kv_cache import KeptCache
 from .model import PaliGemma
@@ -91,18 +90,6 @@ def encoder_attention(model: PaliGemma, pixel_values: Tensor, patch: int) -> np.
     with _hooked((layer.get_submodule("self_attn") for layer in layers), after_attention):
         model.vision_tower(pixel_values.to(model.device, model.dtype))
     return torch.stack(attention).float().cpu().numpy()
-
-
-def operations(text: TextConfig, positions: int, attended: int) -> int:
-    """Multiply-adds of the decoder to read some positions, each of which attends to `attended`, and choose a token.
-
-    Counted are the matrix products. In the last layer only the last position is computed beyond its keys and values.
-    """
-    queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
-    cached = 2 * text.hidden_size * keys
-    others = 2 * text.hidden_size * queries + 3 * text.hidden_size * text.intermediate_size + 2 * queries * attended
-    full, layers = positions * (cached + others), text.num_hidden_layers
-    return (layers - 1) * full + positions * cached + others + text.hidden_size * text.vocab_size
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class TokenSequence:
                 self.engine.wake()
 
     def put(self, event: Event, pause: float = 0.0) -> None:
-        """Hand an event to whoever reads; tokens no more often than once in `pause` seconds, several together."""
+        """Hand an event to whoever reads; tokens no more often than once in `pause` seconds, or half of `MAX_AHEAD`."""
         self.written += 1
         self.is_closed |= not isinstance(event, ChosenToken)
         self.has_failed |= isinstance(event, BaseException) and not isinstance(event, Closed)

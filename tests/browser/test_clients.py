@@ -210,8 +210,10 @@ def test_an_answer_that_nobody_reads_waits_for_its_reader(serve, watched, monkey
     time.sleep(2)
     assert watched.tokens - before <= MAX_UNREAD + MAX_AHEAD + 1
     stream = httpx.get(f"{address}gradio_api/call/generate/{event}", timeout=60).text
-    assert stream.count("event: generating") >= 50  # what is there already comes together
+    texts = [json.loads(line)[0] for line in re.findall(r"^data: (.*)$", stream, re.MULTILINE)]
     assert "event: complete" in stream
+    assert texts[-1] == watched.generate(PICTURE, "caption en", max_new_tokens=100)
+    assert len(set(texts)) >= 100 / (MAX_AHEAD // 2), "as it grew"
 
 
 def test_an_answer_that_nobody_reads_for_long_is_given_up(serve, watched, monkeypatch):

@@ -375,11 +375,46 @@ def test_tokens_are_handed_over_several_together_but_the_first_and_the_end_at_on
     assert there() == [*range(1, 1 + MAX_AHEAD // 2)], "so many are enough"
     sequence.put(None)
     assert there() == [1 + MAX_AHEAD // 2, None]
-    quick = TokenSequence([], [1], 99, Sampler(), torch.Generator(), events)
+    slow = TokenSequence([], [1], 99, Sampler(), torch.Generator(), events)
     for number in range(3):
-        quick.put(ChosenToken(number, 1.0, 0.0), pause=0.001)
+        slow.put(ChosenToken(number, 1.0, 0.0), pause=0.001)
         time.sleep(0.002)
     assert there() == [0, 1, 2]
+
+
+def test_the_steps_of_a_small_checkpoint_are_made_by_one_thread(vlm, monkeypatch):
+    monkeypatch.setattr(hardware, "THREADS", 2)
+    monkeypatch.setattr(hardware, "available_cores", lambda: 2)
+    own, seen = VLM(vlm.model, vlm.processor), {}
+    for name in ("prefill", "decode"):
+        method = getattr(vlm.model, name)
+        monkeypatch.setattr(
+            vlm.model,
+            name,
+            lambda *given, name=name, method=method: seen.update({name: torch.get_num_threads()}) or method(*given),
+        )
+    own.generate(IMAGES[0], "caption en", max_new_tokens=3)
+    assert seen == {"prefill": 2, "decode": 1}
+
+
+def test_tokens_before_an_error_are_read_before_it(vlm, monkeypatch):
+    decode, left = vlm.model.decode, [1] * 3
+
+    def run_out(*arguments):
+        if not left:
+            raise torch.OutOfMemoryError("out of memory")
+        left.pop()
+        return decode(*arguments)
+
+    expected = [token.id for token in vlm.stream(IMAGES[0], "caption en", max_new_tokens=4)]
+    monkeypatch.setattr(vlm.model, "decode", run_out)
+    batch, ids = vlm.stream_batch(IMAGES[:1], ["caption en"]), []
+    ids += [token.id for _, token in batch.take()]
+    wait_until(lambda: batch._queue.qsize() > 1)  # the others and the error
+    ids += [token.id for _, token in batch.take()]
+    assert ids == expected
+    with pytest.raises(PaliGemmaError, match="memory of cpu is too small"):
+        batch.take()
 
 
 FROM_NUMPY = torch.ops.aten.lift_fresh.default  # shares the memory

@@ -11,8 +11,8 @@ import torch
 
 import paligemma
 from paligemma import PaliGemmaError, hardware
+from paligemma.gemma import operations
 from paligemma.quantization import Int8Linear
-from paligemma.replay import operations
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

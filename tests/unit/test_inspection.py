@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import paligemma
 from paligemma import PaliGemmaError
+from paligemma.gemma import operations
 from paligemma.inspection import ANSWER, CANDIDATES, IMAGE, PROMPT, mask_blocks
 from paligemma.kv_cache import KeptCache, KeptCaches, KVCache
 from paligemma.model import prefix_lm_mask
 from paligemma.prefill import MAX_KEPT_BYTES
-from paligemma.replay import operations
 from paligemma.sampling import Sampler
 
 CATS, MUSIC = EXAMPLES / "cats.png", EXAMPLES / "music.png"
